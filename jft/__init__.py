@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""jft: fine-tuning of large language models in JAX.
+
+`from jft import lora` needs jax, numpy and safetensors only; everything else is imported where it is used.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> Any:
+    """A model by folder, Hub name or .gguf; see `jft.models.load`."""
+    from jft import models
+
+    return models.load(path, dtype=dtype, revision=revision)
+
+
+def train(config: Any, *, fresh: bool = False) -> dict[str, Any]:
+    """Runs or resumes the training that a configuration describes; see `jft.loop.train`."""
+    from jft import loop
+
+    return loop.train(config, fresh=fresh)

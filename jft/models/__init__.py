@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by name: `load` gives the parameters, the tokenizer and a pure function of them."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+
+from jft import errors
+from jft.lora import peft, spec
+from jft.models import decoder, gguf, hf, llama, resolve
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded base model.
+
+    Attributes:
+      name: what the user asked for.
+      config: of the decoder.
+      params: nested dict of arrays on the default device.
+      tokenizer: a transformers tokenizer.
+      fingerprint: of the tensors as stored; the same for every dtype that they are loaded in.
+    """
+
+    name: str
+    config: decoder.Config
+    params: decoder.Params
+    tokenizer: Any
+    fingerprint: str
+
+    def apply(
+        self,
+        params: decoder.Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits_BTV; a pure function of `params`, so `lora.transform(model.apply)` works."""
+        return decoder.apply(self.config, params, tokens_BT, positions_BT, segments_BT)
+
+    @functools.cached_property
+    def module_names(self) -> peft.Names:
+        """Torch module names and the leaf and layer that each one is here."""
+        return {m: (w.path, layer) for m, (w, layer) in llama.modules(self.config).items()}
+
+    def load_adapter(self, folder: str | pathlib.Path) -> spec.Adapters:
+        """An adapter in PEFT's format, strictly; raises UserError where it does not fit this base."""
+        return peft.load(folder, self.module_names, self.params, decoder.LAYOUTS)
+
+
+def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> Model:
+    """Loads a model.
+
+    Args:
+      path: a folder (config.json, safetensors, tokenizer), a .gguf file, a Hub name, or the name of an
+        embedded model (`smollm2-135m-instruct`).
+      dtype: of the parameters: "float32" or "bfloat16".
+      revision: of a Hub name.
+
+    Raises:
+      UserError: it cannot be had, is damaged, or needs something that is not implemented.
+    """
+    if dtype not in DTYPES:
+        raise errors.UserError(f"model.dtype={dtype!r}: one of {', '.join(DTYPES)}")
+    place = pathlib.Path(resolve.resolve(path, revision))
+    room = gguf if place.suffix == ".gguf" else hf
+    config, params, fingerprint = room.load(place, dtype)
+    return Model(path, config, jax.device_put(params), room.tokenizer(place), fingerprint)

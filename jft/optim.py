@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer: AdamW over the trainable tree, with a schedule and clipping, all from optax."""
+
+import dataclasses
+
+import optax
+
+from jft import errors
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW (https://arxiv.org/abs/1711.05101).
+
+    Attributes:
+      learning_rate: the peak.
+      schedule: after warm-up: "cosine" or "linear" to zero, or "constant".
+      warmup_fraction: part of all steps over which the rate rises from 0 to its peak.
+      b1, b2, eps: of Adam.
+      weight_decay: decoupled, on everything that trains.
+      clip_norm: gradients are scaled to at most this global L2 norm; 0 = never.
+    """
+
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup_fraction: float = 0.03
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise errors.UserError(
+                f"optim.schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}"
+            )
+        if not self.learning_rate > 0:
+            raise errors.UserError(f"optim.learning_rate={self.learning_rate}: it must be above 0")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise errors.UserError(f"optim.warmup_fraction={self.warmup_fraction}: between 0 and 1")
+
+
+def schedule(c: Optim, steps: int) -> optax.Schedule:
+    """The learning rate at each step (0, 1, ...) of a run of `steps`."""
+    warmup = round(c.warmup_fraction * steps)
+    rest = max(steps - warmup, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(c.learning_rate, rest),
+        "linear": optax.linear_schedule(c.learning_rate, 0.0, rest),
+        "constant": optax.constant_schedule(c.learning_rate),
+    }[c.schedule]
+    if not warmup:
+        return after
+    # From 1 / warmup, not from 0: a step at rate 0 would be a step wasted.
+    rise = optax.linear_schedule(c.learning_rate / warmup, c.learning_rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def optimizer(c: Optim, steps: int) -> optax.GradientTransformation:
+    """The optimizer for a run of `steps`; its state has two moments for each trainable array."""
+    adamw = optax.adamw(
+        schedule(c, steps), b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw) if c.clip_norm else adamw

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder: what is written there, and how its result is opened again.
+
+    config.json  environment.json  data_report.json  metrics.jsonl  samples.jsonl  summary.json
+    checkpoints/  best/  last/
+
+`best/` and `last/` hold an adapter in PEFT's format (or, after full fine-tuning, a model folder) and `jft.json`,
+which says what it belongs to: base model, fingerprint, template. One of them alone is enough to generate.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+from jft import errors, lora, models
+from jft.data import load
+from jft.lora import peft
+from jft.models import export
+
+SIDECAR = "jft.json"
+PACKAGES = (
+    "jft jax jaxlib flax optax orbax-checkpoint transformers tokenizers numpy safetensors".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar:
+    """`jft.json`: what a result belongs to."""
+
+    kind: str  # "lora" or "full"
+    base: str
+    revision: str
+    dtype: str
+    fingerprint: str
+    system: str
+    chat_template: str  # set in place of the tokenizer's; "" = the tokenizer's own
+    template_sha256: str
+    tokenizer_sha256: str
+    step: int
+    scores: dict[str, float]
+    training: dict[str, Any]
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"{path}: cannot be read: {error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the commit: what a number in this run's folder was computed with."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [str(device) for device in jax.devices()],
+        "packages": versions,
+        "git": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the current folder, where it is a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def save_result(
+    folder: pathlib.Path, model: models.Model, trainable: Any, sidecar: Sidecar
+) -> None:
+    """Writes `best/` or `last/`: the weights first, then jft.json."""
+    if sidecar.kind == "lora":
+        peft.save(
+            folder,
+            trainable,
+            model.module_names,
+            base_name=sidecar.base,
+            revision=sidecar.revision or None,
+        )
+    else:
+        export.save(folder, model.config, trainable, model.tokenizer)
+    write_json(folder / SIDECAR, dataclasses.asdict(sidecar))
+
+
+def tokenizer_hashes(tokenizer: Any) -> tuple[str, str]:
+    """sha256 of the chat template and of the tokenizer itself."""
+    serialised = tokenizer.backend_tokenizer.to_str()
+    return tuple(
+        hashlib.sha256((text or "").encode()).hexdigest()[:32]
+        for text in (tokenizer.chat_template, serialised)
+    )
+
+
+def open_result(
+    folder: str | pathlib.Path, *, adapter: bool = True, force: bool = False
+) -> tuple[models.Model, lora.Adapters, Sidecar]:
+    """The model and adapter of a `best/` or `last/` folder.
+
+    Args:
+      folder: holds jft.json.
+      adapter: False gives the base alone.
+      force: accept a base whose fingerprint differs.
+
+    Raises:
+      UserError: it is no such folder, or the base is not the one that it was trained on.
+    """
+    folder = pathlib.Path(folder)
+    sidecar = read_sidecar(folder)
+    own_weights = sidecar.kind == "full" and adapter
+    model = models.load(
+        str(folder) if own_weights else sidecar.base,
+        dtype=sidecar.dtype,
+        revision=None if own_weights else sidecar.revision or None,
+    )
+    if not own_weights and model.fingerprint != sidecar.fingerprint and not force:
+        raise errors.UserError(
+            f"{folder}: trained on {sidecar.base} with fingerprint {sidecar.fingerprint}, but that"
+            f" name now gives {model.fingerprint}; --force uses it all the same"
+        )
+    load.use_template(model.tokenizer, sidecar.chat_template)
+    adapters = model.load_adapter(folder) if adapter and sidecar.kind == "lora" else {}
+    return model, adapters, sidecar
+
+
+def read_sidecar(folder: pathlib.Path) -> Sidecar:
+    try:
+        return Sidecar(**json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise errors.UserError(
+            f"{folder}: no {SIDECAR} there; is it a run's best/ or last/?"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise errors.UserError(f"{folder / SIDECAR}: not as jft writes it: {error}") from error
+
+
+class Metrics:
+    """metrics.jsonl: one object per line, appended; a resumed run drops what lies behind its checkpoint."""
+
+    def __init__(self, path: pathlib.Path, step: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                record = _parsed(line)
+                if record is not None and record["step"] <= step:
+                    kept.append(record)
+        self.path = path
+        self.records: list[dict[str, Any]] = kept
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line's object; None for an empty line or one that was cut off by a crash."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only jitted updates: one training step and one evaluation step, for LoRA and full fine-tuning alike.
+
+The trainable tree and the frozen tree are two arguments; gradients and optimizer state exist for the first alone.
+With LoRA the trainable tree holds the adapters and the frozen one the base; with full fine-tuning the trainable
+tree is the model and the frozen one is empty.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jft import lora, losses
+from jft.models import decoder
+
+Batch = dict[str, jax.Array]
+Loss = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "trainable", "opt_state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes: the number of steps done, the trainable tree, the optimizer's state."""
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> State:
+    return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def head_part(tree: Any) -> Any:
+    """The part of a model (or of its adapters, by path) that makes logits: the head, or a tied embedding."""
+    if any("/" in key for key in tree):
+        return {k: v for k, v in tree.items() if k in ("head/kernel", "embed/embedding")}
+    return {"head": tree["head"]} if "head" in tree else {"embed": tree["embed"]}
+
+
+def lora_loss(c: decoder.Config, *, remat: str = "none", mode: str = "factored") -> Loss:
+    """loss(adapters, params, batch) -> (sum of nats, number of trained tokens)."""
+    hidden = lora.transform(functools.partial(decoder.hidden, c, remat=remat), mode=mode)
+    adapted_head = lora.transform(decoder.head)
+
+    def loss(adapters: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        body = {k: v for k, v in adapters.items() if k != "head/kernel"}
+        x_BTD = hidden(params, body, batch["tokens"], batch["positions"], batch["segments"])
+        part = head_part(params)
+        mine = {k: v for k, v in head_part(adapters).items() if k.split("/")[0] in part}
+        return losses.cross_entropy(
+            lambda adapters, params, x: adapted_head(params, adapters, x),
+            mine,
+            part,
+            x_BTD,
+            batch["targets"],
+            batch["weights"],
+        )
+
+    return loss
+
+
+def full_loss(c: decoder.Config, *, remat: str = "none") -> Loss:
+    """loss(params, {}, batch) -> (sum of nats, number of trained tokens)."""
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        x_BTD = decoder.hidden(
+            c, params, batch["tokens"], batch["positions"], batch["segments"], remat=remat
+        )
+        return losses.cross_entropy(
+            lambda params, _, x: decoder.head(params, x),
+            head_part(params),
+            {},
+            x_BTD,
+            batch["targets"],
+            batch["weights"],
+        )
+
+    return loss
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, T] -> [count, B / count, T]."""
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+
+def gradients(
+    loss: Loss, trainable: Any, frozen: Any, batch: Batch, accumulate: int
+) -> tuple[jax.Array, jax.Array, Any]:
+    """(sum of losses, sum of weights, gradient of the sum), over `accumulate` micro-batches of equal rows.
+
+    Sums and weights are added and divided once, by the caller: micro-batches with different numbers of trained
+    tokens must not be averaged (https://github.com/pytorch/torchtune/issues/2307).
+    """
+    grad = jax.value_and_grad(loss, has_aux=True)
+    if accumulate == 1:
+        (total, weight), grads = grad(trainable, frozen, batch)
+        return total, weight, grads
+
+    def add(carry: Any, micro: Batch) -> tuple[Any, None]:
+        (total, weight), grads = grad(trainable, frozen, micro)
+        return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
+
+    shapes = jax.eval_shape(grad, trainable, frozen, jax.tree.map(lambda x: x[0], batch))
+    (total, weight), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return lax.scan(add, (total, weight, grads), batch)[0]
+
+
+def train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
+    """The jitted update: (state, frozen, batch [B, T]) -> (state, metrics). The state is donated.
+
+    Metrics: `loss` in nats per trained token, `grad_norm` before clipping, `tokens` trained.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        if accumulate > 1:
+            batch = micro_batches(batch, accumulate)
+        total, weight, grads = gradients(loss, state.trainable, frozen, batch, accumulate)
+        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": total / weight,
+            "grad_norm": optax.global_norm(grads),
+            "tokens": weight,
+        }
+        return State(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def eval_step(loss: Loss) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted loss: (trainable, frozen, batch) -> (sum of nats, number of trained tokens)."""
+    return jax.jit(loss)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Path names of pytree leaves, and ordered (regex, value) rules over them.
+
+A path is what a person would say: keys joined by "/", as in `layers/attention/query/kernel`. Rules are lists of
+(pattern, value): a pattern must match the whole path, the first match wins, and a pattern that matches nothing is
+an error, because it is nearly always a typo.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jft import errors
+
+Rules = Sequence[tuple[str, Any]]
+
+
+def name(path: Sequence[Any]) -> str:
+    """The path of one leaf as `jax.tree_util` gives it, as a name."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{path name: leaf}, in tree order."""
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict that `flatten` gives these names for."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def replace(tree: Any, leaves: dict[str, Any]) -> Any:
+    """The tree with the named leaves replaced."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: leaves.get(name(path), x), tree)
+
+
+def match(pattern: str, paths: Iterable[str], what: str) -> list[str]:
+    """The paths that the whole pattern matches; none is an error that names near ones."""
+    paths = list(paths)
+    try:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise errors.UserError(
+            f"{what}={pattern!r} is not a regular expression: {error}"
+        ) from error
+    if not found:
+        near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+        raise errors.UserError(
+            f"{what}={pattern!r} matches no parameter; some are {', '.join(near)}"
+        )
+    return found
+
+
+def lookup(rules: Rules, path: str) -> Any | None:
+    """The value of the first rule whose pattern matches the whole path, or None."""
+    for pattern, value in rules:
+        if re.fullmatch(pattern, path):
+            return value
+    return None
+
+
+def size(tree: Any) -> int:
+    """Number of elements in all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """Number of bytes of all leaves; works on shapes too."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
