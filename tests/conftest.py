@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: where real data and models are, and the committed goldens."""
 
+import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -34,3 +36,24 @@ def smollm2_gguf() -> pathlib.Path:
 def goldens() -> pathlib.Path:
     """References computed by tools/make_goldens.py, committed."""
     return ROOT / "tests" / "goldens" / "tiny"
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 for the time of one test: the precision in which two programs can be told apart."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model folder: a random decoder of two layers with a ChatML tokenizer. Do not write into it."""
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "tiny.py")
+    assert spec is not None and spec.loader is not None
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny.save(folder)
+    return folder
