@@ -45,7 +45,8 @@ def make(job: Any, state: Any, best: dict[str, Any], seconds: float) -> dict[str
         adapters = tuned.load_adapter(folder)
         before, after = jax.tree.map(jnp.zeros_like, adapters), adapters
     else:
-        base = models.load(job.config.model.path, dtype=job.config.model.dtype)
+        asked = job.config.model
+        base = models.load(asked.path, dtype=asked.dtype, revision=asked.revision or None)
         tuned, adapters, _ = runs.open_result(folder)
         before, after = base.params, tuned.params
     # What is scored was read back from its files: it is what the user gets.

@@ -6,6 +6,7 @@ adapters = lora.init(spec, params, key=key)
 g        = lora.transform(f)                  # g(params, adapters, *args): f with W + scale * A B, never formed
 """
 
+from jft.lora import peft as peft
 from jft.lora.emit import MODES as MODES
 from jft.lora.interpret import MaterializeError as MaterializeError
 from jft.lora.interpret import Use as Use
@@ -18,4 +19,3 @@ from jft.lora.spec import check as check
 from jft.lora.spec import delta as delta
 from jft.lora.spec import init as init
 from jft.lora.spec import merge as merge
-from jft.lora import peft as peft

@@ -5,7 +5,8 @@
 `merged`    y = x (W + scale * A B), formed for this one product and formed again in the backward pass; a custom_vjp
             gives dx through the merged weight and dA, dB through products of rank r: never a gradient of W's shape.
             Faster where thin matrix products are slow (XLA on CPU). No forward-mode derivative. In bfloat16 the sum
-            rounds most of a small update away, so a weight in less than float32 is emitted factored.
+            would round most of a small update away: there W stays apart, as in `factored`, and only the gradients
+            of A and B are formed this mode's way.
 """
 
 import dataclasses
@@ -39,8 +40,12 @@ def dot(
     plain = functools.partial(lax.dot_general, **params)
     base = (lambda x, w: plain(w, x)) if w_on_left else plain
     plan = _plan(x.ndim, view, w_on_left, params)
-    if mode == "merged" and jnp.finfo(view.w.dtype).bits >= 32:
-        return _merged(base, plan, x, view)
+    if mode == "merged":
+        return _by_hand(base, plan, x, view)
+    return _factored(base, plan, x, view)
+
+
+def _factored(base: Any, plan: "_Plan", x: jax.Array, view: views.View) -> jax.Array:
     y = base(x, view.w)
     return y + _low_rank(plan, x, view).astype(y.dtype)
 
@@ -133,23 +138,26 @@ def _low_rank_pullback(
     return d_a.astype(view.a.dtype), d_b.astype(view.b.dtype)
 
 
-def _merged(base: Any, plan: _Plan, x: jax.Array, view: views.View) -> jax.Array:
-    """The merged product with a backward pass that never forms the gradient of W."""
+def _by_hand(base: Any, plan: _Plan, x: jax.Array, view: views.View) -> jax.Array:
+    """The product with a backward pass written out, which never forms the gradient of W."""
+    form = jnp.finfo(view.w.dtype).bits >= 32
 
-    @jax.custom_vjp
-    def product(x: jax.Array, view: views.View) -> jax.Array:
-        return base(x, view.merged())
+    def value(x: jax.Array, view: views.View) -> jax.Array:
+        return base(x, view.merged()) if form else _factored(base, plan, x, view)
 
     def forward(x: jax.Array, view: views.View) -> tuple[jax.Array, Any]:
-        return product(x, view), (x, view)
+        return value(x, view), (x, view)
 
     def backward(saved: Any, g: jax.Array) -> tuple[jax.Array, views.View]:
         x, view = saved
-        _, pull_x = jax.vjp(lambda x: base(x, view.merged()), x)
+        _, pull_x = jax.vjp(lambda x: value(x, view), x)
         d_a, d_b = _low_rank_pullback(plan, x, view, g)
-        zero = jnp.zeros_like(view.w)  # W is frozen here: who differentiates it must not use this mode
+        zero = jnp.zeros_like(
+            view.w
+        )  # W is frozen here: who differentiates it must not use this mode
         return pull_x(g)[0], dataclasses.replace(view, w=zero, a=d_a, b=d_b)
 
+    product = jax.custom_vjp(value)
     product.defvjp(forward, backward)
     return product(x, view)
 
@@ -161,7 +169,9 @@ def gather(x: Any, view: views.View, params: dict[str, Any]) -> jax.Array | None
         return None
     (axis,) = numbers.collapsed_slice_dims
     full = all(
-        n == m for i, (n, m) in enumerate(zip(params["slice_sizes"], view.w.shape)) if i != axis
+        n == m
+        for i, (n, m) in enumerate(zip(params["slice_sizes"], view.w.shape, strict=True))
+        if i != axis
     )
     if tuple(numbers.start_index_map) != (axis,) or not full:
         return None

@@ -166,9 +166,10 @@ def _dynamic_slice(view: views.View, *starts: Any, slice_sizes: Any) -> views.Vi
 def _split(view: views.View, *, sizes: Sequence[int], axis: int) -> list[views.View]:
     out, start = [], 0
     for size in sizes:
-        cut = lambda x, at, _, start=start, size=size: lax.slice_in_dim(
-            x, start, start + size, 1, at
-        )  # noqa: E731
+
+        def cut(x: jax.Array, at: int, _: int, start: int = start, size: int = size) -> jax.Array:
+            return lax.slice_in_dim(x, start, start + size, 1, at)
+
         out.append(views.slice_axes(view, cut(view.w, axis, axis), [axis], cut))
         start += size
     return out

@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def load(folder: pathlib.Path, params: Any, c: decoder.Config = CONFIG) -> lora.
     return peft.load(folder, names_of(c), params, decoder.LAYOUTS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params() -> Any:
     return decoder.init(CONFIG, key=jax.random.key(0))
 
@@ -69,11 +70,17 @@ def random_adapters(params: Any, targets: str = TARGETS, **spec: Any) -> lora.Ad
     return jax.tree.unflatten(structure, filled)
 
 
+@pytest.fixture(scope="module")
+def good(params: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("good")
+    peft.save(folder, random_adapters(params, rank=3), names_of(CONFIG), base_name="tiny")
+    return folder
+
+
 @pytest.fixture
-def folder(params: Any, tmp_path: pathlib.Path) -> pathlib.Path:
+def folder(good: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A good adapter, for tests to damage."""
-    peft.save(tmp_path, random_adapters(params, rank=3), names_of(CONFIG), base_name="tiny")
-    return tmp_path
+    return pathlib.Path(shutil.copytree(good, tmp_path / "adapter"))
 
 
 def edit_config(folder: pathlib.Path, **changes: Any) -> None:
@@ -108,7 +115,7 @@ def test_adapters_give_the_logits_of_peft(shared: pathlib.Path, name: str) -> No
     folder, c, params = golden_base(shared)
     want = safetensors_numpy.load_file(folder / name / "expected.safetensors")
     base = decoder.apply(c, params, want["input_ids"])
-    assert np.abs(base - want["logits"]).max() > 1000 * ATOL, "the adapter's effect is seen"
+    assert np.abs(base - want["logits"]).max() > 100 * ATOL, "the adapter's effect is seen"
     got = adapted_logits(c, params, load(folder / name, params, c), want["input_ids"])
     np.testing.assert_allclose(got, want["logits"], rtol=0, atol=ATOL)
 
