@@ -14,10 +14,10 @@ from ml_collections import config_dict
 from jft import config
 
 DATA = pathlib.Path(__file__).parent / "data" / "support"
-# What the base model is asked too, so that the comparison is fair.
+# The base model is asked the same, so that the comparison is fair.
 SYSTEM = (
-    'Reply with one line of JSON: {"topic": "delivery|damaged|wrong_item|payment|account|cancel",'
-    ' "order": number as text or null, "customer": first name or null, "urgent": true or false}'
+    "Give topic (delivery, damaged, wrong_item, payment, account, cancel), order, customer and"
+    " urgent as JSON."
 )
 
 
@@ -28,9 +28,10 @@ def get_config() -> config_dict.ConfigDict:
     c.data.valid = str(DATA / "valid.jsonl")
     c.data.test = str(DATA / "test.jsonl")
     c.data.system = SYSTEM
-    c.data.max_length = 256
+    c.data.max_length = 512  # four or five messages in a row
     c.optim.learning_rate = 1e-3
-    c.epochs = 1.0
+    c.batch_size = 2
+    c.epochs = 2.0
     c.validate.samples = 72
     c.validate.max_new_tokens = 48
     c.validate.format = "json"

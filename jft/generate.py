@@ -5,6 +5,7 @@ Prompts of different lengths are padded on the right and each row keeps its own 
 the padding's slot in the key/value cache before anything attends to it.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,12 @@ class Generator:
             donate_argnames="decoding",
         )
 
+    def with_adapters(self, adapters: lora.Adapters) -> "Generator":
+        """The same with another adapter; one of equal shapes uses the same compiled programs."""
+        other = copy.copy(self)
+        other.adapters = dict(adapters)
+        return other
+
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Token ids of one answer as they come, without the stop token."""
         decoding = self._start([prompt], sampling)
@@ -106,9 +113,14 @@ class Generator:
         if (text := self.text(tokens)) != shown:
             yield text[len(shown) :]
 
-    def batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """Token ids of the answers to several prompts at once, stop tokens included where they came."""
-        decoding = self._start(prompts, sampling)
+    def batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, width: int = 0
+    ) -> list[list[int]]:
+        """Token ids of the answers to several prompts at once, stop tokens included where they came.
+
+        `width` pads prompts to at least so many tokens: batches of one width share a compiled program.
+        """
+        decoding = self._start(prompts, sampling, width)
         columns = [np.asarray(decoding.token_B)[:, None]]
         done = np.isin(columns[0], list(self.stop)).any(axis=1)
         left = sampling.max_new_tokens - 1
@@ -128,7 +140,9 @@ class Generator:
         ends = np.flatnonzero(np.isin(row, list(self.stop)))
         return row[: ends[0] + 1 if ends.size else None].tolist()
 
-    def _start(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> _Decoding:
+    def _start(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, width: int = 0
+    ) -> _Decoding:
         lengths = np.array([len(p) for p in prompts], np.int32)
         longest, limit = int(lengths.max()), self.model.config.max_length
         if not lengths.all():
@@ -138,11 +152,11 @@ class Generator:
                 f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed"
                 f" the model's {limit} positions"
             )
-        T = _round_up(longest, PROMPT_STEP)
+        T = _round_up(max(longest, width), PROMPT_STEP)
         tokens_BT = np.zeros((len(prompts), T), np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             row[: len(prompt)] = prompt
-        slots = _round_up(max(T, longest + sampling.max_new_tokens), CACHE_STEP)
+        slots = _round_up(max(longest, width) + sampling.max_new_tokens, CACHE_STEP)
         dtype = self.model.params["embed"]["embedding"].dtype
         cache = decoder.init_cache(self.model.config, len(prompts), slots, dtype)
         key = jax.random.key(sampling.seed)

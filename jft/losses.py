@@ -47,7 +47,9 @@ def cross_entropy(
     D = x_BTD.shape[-1]
     x_MD, targets_M = x_BTD.reshape(-1, D), jnp.ravel(targets_BT)
     weights_M = jnp.ravel(weights_BT).astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
-    total = _summed(head, min(chunk, x_MD.shape[0]), trainable, frozen, x_MD, targets_M, weights_M)
+    total: Any = _summed(
+        head, min(chunk, x_MD.shape[0]), trainable, frozen, x_MD, targets_M, weights_M
+    )
     return total, weights_M.sum()
 
 

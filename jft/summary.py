@@ -15,7 +15,7 @@ from jft import generate, models, runs, tree
 from jft.data import chat, formats
 from jft.evals import scores
 
-ANSWERS_AT_A_TIME = 16
+ANSWERS_AT_A_TIME = 24
 
 
 def make(job: Any, state: Any, best: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -83,9 +83,14 @@ def _answers(
         return []
     sampling = generate.Sampling(max_new_tokens=c.validate.max_new_tokens)
     print(f"answering {len(examples)} held-out prompts, base and tuned", file=sys.stderr)
+    tuned_generator = generate.Generator(tuned, adapters)
+    if adapters:  # an update of zero is the base, bit for bit, and needs no other compiled program
+        base_generator = tuned_generator.with_adapters(jax.tree.map(jnp.zeros_like, adapters))
+    else:
+        base_generator = generate.Generator(base)
     texts = {
-        which: answer(generate.Generator(model, used), examples, c.data.system, sampling)
-        for which, model, used in (("base", base, {}), ("tuned", tuned, adapters))
+        which: answer(generator, examples, c.data.system, sampling)
+        for which, generator in (("base", base_generator), ("tuned", tuned_generator))
     }
     return [
         {
@@ -109,15 +114,13 @@ def answer(
     prompts = [
         chat.prompt_tokens(tokenizer, e.messages[:-1], system=system or None) for e in examples
     ]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
-    for at in range(0, len(order), ANSWERS_AT_A_TIME):
-        some = order[at : at + ANSWERS_AT_A_TIME]
-        for i, tokens in zip(
-            some, generator.batch([prompts[i] for i in some], sampling), strict=True
-        ):
-            texts[i] = generator.text(tokens)
-    return texts
+    texts: list[str] = []
+    width = max(map(len, prompts))
+    for at in range(0, len(prompts), ANSWERS_AT_A_TIME):
+        some = prompts[at : at + ANSWERS_AT_A_TIME]
+        some += [some[0]] * (ANSWERS_AT_A_TIME - len(some))  # one shape, one compiled program
+        texts += [generator.text(t) for t in generator.batch(some, sampling, width=width)]
+    return texts[: len(prompts)]
 
 
 def _scores(samples: list[dict[str, Any]], which: str, kind: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def contract(
     y: jax.Array,
     y_labels: Sequence[int],
     keep: Sequence[int],
-    **params: object,
+    **params: Any,
 ) -> tuple[jax.Array, tuple[int, ...]]:
     """One dot_general over the shared labels that are not kept; the result and its labels.
 
@@ -165,12 +166,8 @@ def slice_axes(
 ) -> View:
     """The view of `w`, a slice of W; cut(array, its axis, W's axis) slices one axis of a factor."""
     for i in axes:
-        view = view.map(view.labels[i], functools.partial(_cut, cut=cut, w_axis=i))
+        view = view.map(view.labels[i], lambda x, axis, i=i: cut(x, axis, i))
     return dataclasses.replace(view, w=w)
-
-
-def _cut(x: jax.Array, axis: int, *, cut: Callable, w_axis: int) -> jax.Array:
-    return cut(x, axis, w_axis)
 
 
 def reshape(view: View, sizes: Sequence[int]) -> View:
