@@ -16,8 +16,8 @@ from jft import config
 DATA = pathlib.Path(__file__).parent / "data" / "support"
 # The base model is asked the same, so that the comparison is fair.
 SYSTEM = (
-    "Give topic (delivery, damaged, wrong_item, payment, account, cancel), order, customer and"
-    " urgent as JSON."
+    "Give topic (delivery, damaged, wrong_item, payment, account, cancel), order and customer"
+    " as JSON."
 )
 
 
@@ -31,8 +31,8 @@ def get_config() -> config_dict.ConfigDict:
     c.data.max_length = 512  # four or five messages in a row
     c.optim.learning_rate = 1e-3
     c.batch_size = 2
-    c.epochs = 2.0
+    c.epochs = 1.5
     c.validate.samples = 72
-    c.validate.max_new_tokens = 48
+    c.validate.max_new_tokens = 40
     c.validate.format = "json"
     return c
