@@ -43,6 +43,7 @@ class Interpreter:
         self.mode = mode
         self.allow = allow
         self.uses: list[Use] = []
+        self.places: list[str] = []  # of the equations around the one at hand, outermost first
 
     def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         return self.run(jaxpr.jaxpr, jaxpr.consts, args)
@@ -65,17 +66,20 @@ class Interpreter:
         if not any(isinstance(x, views.View) for x in inputs):
             return plain(eqn, inputs)
         rule = RULES.get(eqn.primitive.name)
+        self.places.append(source_info_util.summarize(eqn.source_info))
         try:
             outputs = rule(self, eqn, inputs) if rule else None
         except views.Mixed:
             outputs = None
         if outputs is None:
             full = [self.materialize(x, eqn) if isinstance(x, views.View) else x for x in inputs]
-            return plain(eqn, full)
+            outputs = plain(eqn, full)
+        self.places.pop()
         return outputs
 
     def note(self, view: views.View, eqn: Any, factored: bool) -> Use:
-        source = source_info_util.summarize(eqn.source_info)
+        # Library functions that are traced once and cached have no line of their own: take the caller's.
+        source = next((place for place in reversed(self.places) if place), "an unknown line")
         use = Use(view.path, eqn.primitive.name, factored, source)
         self.uses.append(use)
         return use
