@@ -132,7 +132,7 @@ def train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             "loss": total / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": weight,
         }
         return State(state.step + 1, trainable, opt_state), metrics

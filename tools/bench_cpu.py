@@ -101,6 +101,7 @@ def command_of(
         *("--kind", name, *common),
         *("--model", str(folder / "model"), "--rows-npz", str(folder / "rows.npz")),
         *("--json", str(out)),
+        "--no-trl-checkpointing",  # nothing is recomputed in any contestant: TRL is faster so
     ]
 
 

@@ -58,13 +58,13 @@ class Interpreter:
         env.update(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            outputs = self.equation(eqn, inputs)
+            outputs = self.equation(eqn, inputs, jaxpr.debug_info)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: Any, inputs: list[Any]) -> list[Any]:
+    def equation(self, eqn: Any, inputs: list[Any], debug_info: Any) -> list[Any]:
         if not any(isinstance(x, views.View) for x in inputs):
-            return plain(eqn, inputs)
+            return plain(eqn, inputs, debug_info)
         rule = RULES.get(eqn.primitive.name)
         self.places.append(source_info_util.summarize(eqn.source_info))
         try:
@@ -73,7 +73,7 @@ class Interpreter:
             outputs = None
         if outputs is None:
             full = [self.materialize(x, eqn) if isinstance(x, views.View) else x for x in inputs]
-            outputs = plain(eqn, full)
+            outputs = plain(eqn, full, debug_info)
         self.places.pop()
         return outputs
 
@@ -94,12 +94,12 @@ class Interpreter:
         return view.merged()
 
 
-def plain(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def plain(eqn: Any, inputs: Sequence[Any], debug_info: Any) -> list[Any]:
     """Evaluates one equation as it is, through a jaxpr of its own (which hides how primitives bind)."""
     variables = [v for v in eqn.invars if not isinstance(v, core.Literal)]
     values = [x for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, core.Literal)]
     unique = dict(zip(variables, values, strict=True))
-    jaxpr = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects)
+    jaxpr = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects, debug_info)
     return jax.core.eval_jaxpr(jaxpr, (), *unique.values())
 
 
@@ -123,6 +123,10 @@ def _convert(view: views.View, *, new_dtype: Any, **_: Any) -> views.View | None
 
 def _same(view: views.View, **_: Any) -> views.View:
     return view
+
+
+def _stop_gradient(view: views.View, **_: Any) -> views.View:
+    return jax.tree.map(lax.stop_gradient, view)
 
 
 def _transpose(view: views.View, *, permutation: Sequence[int]) -> views.View:
@@ -349,6 +353,7 @@ def _passed_on(branches: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
 RULES: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any] | None]] = {
     "convert_element_type": _view_first(_convert),
     "copy": _view_first(_same),
+    "stop_gradient": _view_first(_stop_gradient),
     "transpose": _view_first(_transpose),
     "squeeze": _view_first(_squeeze),
     "reshape": _view_first(_reshape),

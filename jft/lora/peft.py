@@ -157,6 +157,7 @@ def load(
     folder = pathlib.Path(folder)
     config = _read_config(folder)
     where = folder / CONFIG_FILE
+    _check_patterns(config, where)
     targets = [m for m in names if _is_target(config, m, where)]
     if not targets:
         raise errors.UserError(
@@ -176,6 +177,11 @@ def load(
             )
         parts.setdefault(path, {})[layer] = (a, b, scale)
     leaves = tree.flatten(params)
+    if absent := sorted(parts.keys() - leaves.keys()):
+        raise errors.UserError(
+            f"{where}: adapts {absent[0]}, which this base does not have: its embeddings are tied, and an"
+            " adapter of the head alone would untie them"
+        )
     return {
         path: _assemble(path, layers, leaves[path].shape, layouts, folder / WEIGHTS_FILE)
         for path, layers in parts.items()
@@ -222,6 +228,8 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise errors.UserError(f"{folder} is no adapter: it has no {CONFIG_FILE}") from error
     except ValueError as error:
         raise errors.UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise errors.UserError(f"{where} is no JSON object")
     if config.get("peft_type") != "LORA":
         raise errors.UserError(f"{where}: peft_type={config.get('peft_type')!r}; only LORA is read")
     for key, allowed in _NEUTRAL.items():
@@ -231,6 +239,21 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         if not isinstance(config.get(key), int | float):
             raise errors.UserError(f"{where}: {key} is missing; PEFT would silently take 8")
     return config
+
+
+def _check_patterns(config: Mapping[str, Any], where: pathlib.Path) -> None:
+    """Raises UserError for a regular expression that is none."""
+    patterns = [(key, config.get(key)) for key in ("target_modules", "exclude_modules")]
+    patterns += [
+        (key, k) for key in ("rank_pattern", "alpha_pattern") for k in config.get(key) or {}
+    ]
+    for key, pattern in patterns:
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except re.error as error:
+            raise errors.UserError(
+                f"{where}: {key}: {pattern!r} is not a regular expression: {error}"
+            ) from error
 
 
 def _named(rule: Any, module: str) -> bool:
@@ -264,6 +287,8 @@ def _rank_and_scale(
 ) -> tuple[int, float]:
     rank = _pattern(config, "rank_pattern", module, config["r"], where)
     alpha = _pattern(config, "alpha_pattern", module, config["lora_alpha"], where)
+    if rank < 1 or rank != int(rank):
+        raise errors.UserError(f"{where}: r={rank} for {module}; a rank is 1 or more")
     return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
