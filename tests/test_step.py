@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Identities of the loss and the step: chunked = plain, micro-batches = one batch, packed = unpacked, frozen = frozen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jft import lora, losses, optim, step
+from jft.models import decoder
+
+CONFIG = decoder.Config(
+    vocab_size=61,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=48,
+    max_length=64,
+    tie_embeddings=True,
+)
+SPEC = lora.Spec(rank=3, alpha=6, targets=r"layers/.*kernel", layouts=decoder.LAYOUTS)
+# float64 sums in another order differ in the last digits only.
+EXACT = 1e-12
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def make_batch(B: int = 4, T: int = 24) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    weights = (rng.random((B, T)) < np.linspace(0.1, 0.9, B)[:, None]).astype(np.float32)
+    return {
+        "tokens": rng.integers(0, CONFIG.vocab_size, (B, T)),
+        "targets": rng.integers(0, CONFIG.vocab_size, (B, T)),
+        "weights": weights,  # rows differ in their number of trained tokens
+        "segments": np.ones((B, T), np.int32),
+        "positions": np.tile(np.arange(T), (B, 1)),
+    }
+
+
+def make_params() -> Any:
+    return decoder.init(CONFIG, key=jax.random.key(0), dtype=jnp.float64)
+
+
+def make_adapters(params: Any) -> lora.Adapters:
+    adapters = lora.init(SPEC, params, key=jax.random.key(1))
+    return jax.tree.map(
+        lambda x: x + 0.03 * jax.random.normal(jax.random.key(2), x.shape), adapters
+    )
+
+
+def plain_loss(params: Any, batch: Any) -> jax.Array:
+    """All logits at once, and the textbook formula."""
+    logits = decoder.apply(CONFIG, params, batch["tokens"], batch["positions"], batch["segments"])
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+    return -(picked * batch["weights"]).sum()
+
+
+def assert_close(got: Any, want: Any, rtol: float = EXACT) -> None:
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_chunked_cross_entropy_is_the_plain_one(chunk: int) -> None:
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(3, 11, 8)))
+    kernel = jnp.asarray(rng.normal(size=(8, 19)))
+    targets = rng.integers(0, 19, (3, 11))
+    weights = rng.random((3, 11)) * (rng.random((3, 11)) < 0.5)
+
+    def plain(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(x @ kernel)
+        return -(jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * weights).sum()
+
+    def chunked(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        head = lambda kernel, _, x: x @ kernel  # noqa: E731
+        return losses.cross_entropy(head, kernel, {}, x, targets, weights, chunk=chunk)[0]
+
+    assert_close(chunked(kernel, x), plain(kernel, x))
+    assert_close(jax.grad(chunked, (0, 1))(kernel, x), jax.grad(plain, (0, 1))(kernel, x))
+
+
+def test_nothing_trained_gives_zero_loss_and_gradient() -> None:
+    x = jnp.ones((2, 5, 4))
+    head = lambda kernel, _, x: x @ kernel  # noqa: E731
+    call = lambda kernel: losses.cross_entropy(  # noqa: E731
+        head, kernel, {}, x, np.zeros((2, 5), int), np.zeros((2, 5))
+    )
+    total, weight = call(jnp.ones((4, 9)))
+    assert total == 0 and weight == 0
+    assert not jax.grad(lambda kernel: call(kernel)[0])(jnp.ones((4, 9))).any()
+
+
+@pytest.mark.parametrize("mode", lora.MODES)
+def test_lora_gradients_are_those_of_the_merged_model(mode: str) -> None:
+    params, batch = make_params(), make_batch()
+    adapters = make_adapters(params)
+    want = jax.value_and_grad(lambda a: plain_loss(lora.merge(params, a), batch))(adapters)
+    total, weight, grads = step.gradients(
+        step.lora_loss(CONFIG, mode=mode), adapters, params, batch, 1
+    )
+    assert weight == batch["weights"].sum()
+    assert_close((total, grads), want)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_micro_batches_are_one_batch(count: int) -> None:
+    params, batch = make_params(), make_batch()
+    loss = step.full_loss(CONFIG)
+    want = step.gradients(loss, params, {}, batch, 1)
+    got = step.gradients(loss, params, {}, step.micro_batches(batch, count), count)
+    assert_close(got, want)
+    assert_close(got[2], jax.grad(plain_loss)(params, batch))
+
+
+@pytest.mark.parametrize("remat", [name for name in decoder.REMAT_POLICIES if name != "none"])
+def test_remat_changes_nothing(remat: str) -> None:
+    params, batch = make_params(), make_batch()
+    adapters = make_adapters(params)
+    want = step.gradients(step.lora_loss(CONFIG), adapters, params, batch, 1)
+    got = step.gradients(step.lora_loss(CONFIG, remat=remat), adapters, params, batch, 1)
+    assert_close(got, want)
+
+
+def test_packed_is_unpacked() -> None:
+    """Two examples in one row, apart by segment, against one per row; per token."""
+    params = make_params()
+    rng = np.random.default_rng(3)
+    first, second = rng.integers(0, CONFIG.vocab_size, 9), rng.integers(0, CONFIG.vocab_size, 5)
+    packed = np.concatenate([first, second, [0, 0]])[None]
+    segments = np.array([[1] * 9 + [2] * 5 + [0] * 2])
+    positions = np.array([[*range(9), *range(5), 0, 0]])
+    together = decoder.apply(CONFIG, params, packed, positions, segments)[0]
+    alone = [decoder.apply(CONFIG, params, x[None])[0] for x in (first, second)]
+    assert_close(together[:14], jnp.concatenate(alone))
+
+
+def test_training_moves_the_adapters_and_leaves_the_base_bit_for_bit() -> None:
+    params, batch = make_params(), make_batch()
+    before = jax.tree.map(np.array, params)
+    optimizer = optim.optimizer(optim.Optim(learning_rate=1e-2), 3)
+    adapters = lora.init(SPEC, params, key=jax.random.key(1))
+    start = jax.tree.map(np.array, adapters)
+    state = step.init_state(adapters, optimizer)
+    update = step.train_step(step.lora_loss(CONFIG), optimizer, accumulate=2)
+    values = []
+    for _ in range(3):
+        state, metrics = update(state, params, batch)
+        values.append(float(metrics["loss"]))
+    assert values[2] < values[0]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trainable, start)
+    assert all(jax.tree.leaves(moved))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
