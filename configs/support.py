@@ -28,10 +28,10 @@ def get_config() -> config_dict.ConfigDict:
     c.data.valid = str(DATA / "valid.jsonl")
     c.data.test = str(DATA / "test.jsonl")
     c.data.system = SYSTEM
-    c.data.max_length = 512  # four or five messages in a row
+    c.data.max_length = 192  # two messages fill a row: 2 % padding
     c.optim.learning_rate = 1e-3
-    c.batch_size = 2
-    c.epochs = 1.5
+    c.batch_size = c.micro_batch = 3
+    c.epochs = 2.0
     c.validate.samples = 72
     c.validate.max_new_tokens = 40
     c.validate.format = "json"
