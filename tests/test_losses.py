@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunked cross-entropy beside the plain one: weights of any size, bfloat16, what it does not compute."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jft import losses
+
+B, T, D, V = 2, 9, 5, 13
+
+
+def arrays(dtype: Any) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(D, V)), dtype)
+    x_BTD = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+    targets_BT = jnp.asarray(rng.integers(0, V, size=(B, T)), jnp.int32)
+    weights_BT = jnp.asarray(rng.choice([0.0, 0.5, 1.0, 2.0], size=(B, T)), jnp.float32)
+    return kernel, x_BTD, targets_BT, weights_BT
+
+
+def head(kernel: jax.Array, _: Any, x: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        "md,dv->mv", x, kernel, preferred_element_type=jnp.promote_types(x.dtype, "f4")
+    )
+
+
+def chunked(chunk: int, kernel: Any, x: Any, targets: Any, weights: Any) -> jax.Array:
+    return losses.cross_entropy(head, kernel, {}, x, targets, weights, chunk=chunk)[0]
+
+
+def plain(kernel: Any, x: Any, targets: Any, weights: Any) -> jax.Array:
+    logits = head(kernel, None, x.reshape(-1, D)).reshape(B, T, V)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
+    return -jnp.sum(weights * picked[..., 0])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 18, 64])
+def test_weights_of_any_size_in_double_precision(chunk: int, x64: None) -> None:
+    kernel, x, *rest = arrays("float64")
+    got = jax.value_and_grad(chunked, (1, 2))(chunk, kernel, x, *rest)
+    want = jax.value_and_grad(plain, (0, 1))(kernel, x, *rest)
+    # Sums of tens of doubles in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_bfloat16_sums_in_float32(chunk: int) -> None:
+    """The loss and its sum are float32; gradients are bfloat16 and differ by its rounding (2^-8) alone."""
+    kernel, x, *rest = arrays("bfloat16")
+    loss, (dk, dx) = jax.value_and_grad(chunked, (1, 2))(chunk, kernel, x, *rest)
+    want, grads = jax.value_and_grad(plain, (0, 1))(*(a.astype("f4") for a in (kernel, x)), *rest)
+    assert loss.dtype == jnp.float32 and dk.dtype == dx.dtype == jnp.bfloat16
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    for got, exact in zip((dk, dx), grads, strict=True):
+        scale = np.abs(exact).max()
+        np.testing.assert_allclose(got.astype("f4"), exact, rtol=0, atol=2**-6 * scale)
+
+
+def test_the_cotangent_scales_the_gradient() -> None:
+    kernel, x, *rest = arrays("float32")
+    once = jax.grad(lambda k: chunked(4, k, x, *rest))(kernel)
+    thrice = jax.grad(lambda k: 3 * chunked(4, k, x, *rest))(kernel)
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def test_untrained_positions_are_never_looked_at() -> None:
+    """A hidden state that is not a number, where nothing is trained, reaches neither loss nor gradient."""
+    kernel, x, targets, weights = arrays("float32")
+    assert (weights == 0).sum() >= 2
+    spoiled = jnp.where(weights[..., None] == 0, jnp.nan, x)
+    chunk = 1  # a chunk holds trained positions only
+    got = jax.value_and_grad(chunked, (1, 2))(chunk, kernel, spoiled, targets, weights)
+    want = jax.value_and_grad(chunked, (1, 2))(chunk, kernel, x, targets, weights)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert (got[1][1][weights == 0] == 0).all()
+
+
+def test_no_array_has_the_size_of_all_logits() -> None:
+    jaxpr = jax.make_jaxpr(jax.grad(chunked, (1, 2)), static_argnums=0)(4, *arrays("float32"))
+    assert "4,13]" in str(jaxpr) and "18,13]" not in str(jaxpr) and "20,13]" not in str(jaxpr)
