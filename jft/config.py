@@ -25,7 +25,7 @@ def base() -> config_dict.ConfigDict:
     c.model = m = config_dict.ConfigDict()
     m.path = "smollm2-135m-instruct"  # a folder, a Hub name, a .gguf file, or this embedded model
     m.revision = ""  # of a Hub name: branch, tag or commit; "" = its main branch
-    m.dtype = "float32"  # of the base's weights and the computation: float32, bfloat16
+    m.dtype = "float32"  # of the computation and of frozen weights: float32, bfloat16
 
     c.lora = lora = config_dict.ConfigDict()
     lora.rank = 16  # r; 0 = no adapter: every weight is trained

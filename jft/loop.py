@@ -97,7 +97,10 @@ def train(config: config_dict.ConfigDict, *, fresh: bool = False) -> dict[str, A
 def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     """Loads the model and the data, and builds the step; nothing is written."""
     c = config
-    model = models.load(c.model.path, dtype=c.model.dtype, revision=c.model.revision or None)
+    models.check_dtype(c.model.dtype)
+    # Weights that train are float32 whatever the computation's dtype; see step.full_loss.
+    stored = c.model.dtype if c.lora.rank else "float32"
+    model = models.load(c.model.path, dtype=stored, revision=c.model.revision or None)
     load.use_template(model.tokenizer, c.data.chat_template)
     source = load.Source(**{**c.data, "columns": dict(c.data.columns)})
     data = load.load(source, model.tokenizer, seed=c.seed)
@@ -121,7 +124,8 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     if c.lora.rank:
         trainable, frozen, loss = _lora(c, model)
     else:
-        trainable, frozen, loss = model.params, {}, step.full_loss(model.config, remat=c.remat)
+        loss = step.full_loss(model.config, remat=c.remat, dtype=c.model.dtype)
+        trainable, frozen = model.params, {}
     optimizer = optim.optimizer(optim.Optim(**c.optim), steps)
     accumulate = c.batch_size // micro_batch
     return Job(

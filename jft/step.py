@@ -68,10 +68,16 @@ def lora_loss(c: decoder.Config, *, remat: str = "none", mode: str = "factored")
     return loss
 
 
-def full_loss(c: decoder.Config, *, remat: str = "none") -> Loss:
-    """loss(params, {}, batch) -> (sum of nats, number of trained tokens)."""
+def full_loss(c: decoder.Config, *, remat: str = "none", dtype: Any = None) -> Loss:
+    """loss(params, {}, batch) -> (sum of nats, number of trained tokens).
+
+    `dtype` is that of the computation, where it is not the parameters' own: weights that train stay float32, since in
+    bfloat16 most updates at usual learning rates are smaller than half a unit in a weight's last place and are lost.
+    """
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        if dtype is not None:
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
         x_BTD = decoder.hidden(
             c, params, batch["tokens"], batch["positions"], batch["segments"], remat=remat
         )

@@ -157,3 +157,22 @@ def test_training_moves_the_adapters_and_leaves_the_base_bit_for_bit() -> None:
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trainable, start)
     assert all(jax.tree.leaves(moved))
     jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_full_fine_tuning_in_bfloat16_keeps_its_weights_in_float32() -> None:
+    """At 1e-5 an update is far below bfloat16's last place (2^-9 of a weight), yet the weights move."""
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), make_params())
+    before = jax.tree.map(np.array, params)
+    optimizer = optim.optimizer(optim.Optim(learning_rate=1e-5, warmup_fraction=0.0), 2)
+    loss = step.full_loss(CONFIG, dtype=jnp.bfloat16)
+    x, _ = loss(params, {}, make_batch())
+    # The computation is in bfloat16: it differs from float32's by its rounding, which is about 2^-9.
+    exact, _ = step.full_loss(CONFIG)(params, {}, make_batch())
+    assert 1e-7 < abs(x - exact) / exact < 2e-2
+    state, _ = step.train_step(loss, optimizer)(
+        step.init_state(params, optimizer), {}, make_batch()
+    )
+    kernel, old = (t["layers"]["mlp"]["up"]["kernel"] for t in (state.trainable, before))
+    assert kernel.dtype == jnp.float32
+    assert (kernel != old).mean() > 0.99
+    assert (kernel.astype(jnp.bfloat16) == old.astype(jnp.bfloat16)).mean() > 0.9

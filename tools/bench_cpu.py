@@ -142,7 +142,8 @@ def run_jft(flags: argparse.Namespace, path: str) -> dict[str, Any]:
     pieces = zip(np.split(stored["tokens"], ends), np.split(stored["trained"], ends), strict=True)
     rows = [chat.Row(tokens, trained, f"row {i}") for i, (tokens, trained) in enumerate(pieces)]
     plan = batches.Batches(rows, batch_size=BATCH, length=LENGTH, seed=0)
-    model = models.load("smollm2-135m-instruct", dtype=flags.dtype)
+    stored = flags.dtype if flags.mode == "lora" else "float32"
+    model = models.load("smollm2-135m-instruct", dtype=stored)
     if flags.mode == "lora":
         spec = lora.Spec(
             rank=RANK, alpha=2.0 * RANK, targets=r"layers/.*/kernel", layouts=decoder.LAYOUTS
@@ -150,7 +151,8 @@ def run_jft(flags: argparse.Namespace, path: str) -> dict[str, Any]:
         trainable, frozen = lora.init(spec, model.params, key=jax.random.key(0)), model.params
         loss = step.lora_loss(model.config, mode="merged")
     else:
-        trainable, frozen, loss = model.params, {}, step.full_loss(model.config)
+        loss = step.full_loss(model.config, dtype=flags.dtype)
+        trainable, frozen = model.params, {}
     del model
     optimizer = optim.optimizer(optim.Optim(), 1000)
     update = step.train_step(loss, optimizer, accumulate=BATCH // flags.micro_batch)

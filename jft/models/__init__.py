@@ -53,6 +53,12 @@ class Model:
         return peft.load(folder, self.module_names, self.params, decoder.LAYOUTS)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for a dtype that models are not computed in."""
+    if dtype not in DTYPES:
+        raise errors.UserError(f"model.dtype={dtype!r}: one of {', '.join(DTYPES)}")
+
+
 def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> Model:
     """Loads a model.
 
@@ -65,8 +71,7 @@ def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> M
     Raises:
       UserError: it cannot be had, is damaged, or needs something that is not implemented.
     """
-    if dtype not in DTYPES:
-        raise errors.UserError(f"model.dtype={dtype!r}: one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     place = pathlib.Path(resolve.resolve(path, revision))
     room = gguf if place.suffix == ".gguf" else hf
     config, params, fingerprint = room.load(place, dtype)
