@@ -3,9 +3,10 @@
 
     jft train --config=configs/sft.py:smollm2-135m --config.data.train=examples.jsonl
 
-A run that a laptop CPU finishes in a minute:
+A run of five steps, to see that everything works:
 
-    jft train --config=configs/sft.py --config.data.train=configs/data/support/train.jsonl --config.steps=5
+    jft train --config=configs/sft.py --config.data.train=configs/data/support/train.jsonl --config.run_dir=runs/tiny \
+        --config.steps=5 --config.batch_size=2 --config.data.max_length=256 --config.validate.samples=4
 
 The argument is a preset's name (`smollm2-135m`, `llama3.2-1b`, ...); any other model goes into --config.model.path.
 """

@@ -171,13 +171,10 @@ class Metrics:
                 record = _parsed(line)
                 if record is not None and record["step"] <= step:
                     kept.append(record)
-        self.path = path
-        self.records: list[dict[str, Any]] = kept
         path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
-        self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

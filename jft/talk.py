@@ -5,7 +5,7 @@ import argparse
 import pathlib
 import sys
 
-from jft import errors, generate, models, runs
+from jft import errors, generate, runs
 from jft.data import chat
 
 
@@ -34,7 +34,8 @@ def _open(flags: argparse.Namespace) -> tuple[generate.Generator, str | None]:
     if flags.adapter not in ("best", "last", "none"):
         adapters = model.load_adapter(flags.adapter)
     system = sidecar.system if flags.system is None else flags.system
-    _note(f"{_what(model, flags.adapter)}; system message: {system or 'none of ours'}")
+    used = {"none": "no adapter", "best": folder, "last": folder}.get(flags.adapter, flags.adapter)
+    _note(f"{model.name}, {used}; system message: {system or 'none of ours'}")
     return generate.Generator(model, adapters), system or None
 
 
@@ -51,10 +52,6 @@ def _result_folder(run: pathlib.Path, adapter: str) -> pathlib.Path:
     raise errors.UserError(
         f"--run={run}: no {' or '.join(f'{n}/' for n in wanted)} there: has its training got to the first validation?"
     )
-
-
-def _what(model: models.Model, adapter: str) -> str:
-    return f"{model.name} alone" if adapter == "none" else f"{model.name} with {adapter}"
 
 
 def _note(text: str) -> None:

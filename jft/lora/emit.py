@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
+from jft import errors
 from jft.lora import views
 
 MODES = ("factored", "merged")
@@ -145,21 +147,31 @@ def _by_hand(base: Any, plan: _Plan, x: jax.Array, view: views.View) -> jax.Arra
     def value(x: jax.Array, view: views.View) -> jax.Array:
         return base(x, view.merged()) if form else _factored(base, plan, x, view)
 
-    def forward(x: jax.Array, view: views.View) -> tuple[jax.Array, Any]:
+    def forward(x: Any, view: views.View) -> tuple[jax.Array, Any]:
+        if view.w.perturbed:
+            raise errors.UserError(
+                f"{view.path} is differentiated, but lora mode 'merged' gives adapters alone a gradient:"
+                " use mode='factored'"
+            )
+        x, view = jax.tree.map(lambda leaf: leaf.value, (x, view), is_leaf=_is_primal)
         return value(x, view), (x, view)
 
-    def backward(saved: Any, g: jax.Array) -> tuple[jax.Array, views.View]:
+    def backward(saved: Any, g: Any) -> tuple[jax.Array, views.View]:
         x, view = saved
+        if isinstance(g, SymbolicZero):
+            g = jnp.zeros(g.shape, g.dtype)
         _, pull_x = jax.vjp(lambda x: value(x, view), x)
         d_a, d_b = _low_rank_pullback(plan, x, view, g)
-        zero = jnp.zeros_like(
-            view.w
-        )  # W is frozen here: who differentiates it must not use this mode
-        return pull_x(g)[0], dataclasses.replace(view, w=zero, a=d_a, b=d_b)
+        # W's is discarded: nobody differentiates it, or `forward` would have refused.
+        return pull_x(g)[0], dataclasses.replace(view, w=jnp.zeros_like(view.w), a=d_a, b=d_b)
 
     product = jax.custom_vjp(value)
-    product.defvjp(forward, backward)
+    product.defvjp(forward, backward, symbolic_zeros=True)
     return product(x, view)
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
 
 
 def gather(x: Any, view: views.View, params: dict[str, Any]) -> jax.Array | None:

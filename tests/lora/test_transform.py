@@ -497,3 +497,17 @@ def test_bfloat16_weights_are_never_merged() -> None:
     g = lora.transform(lambda p, x: x @ p["w"], mode="merged")
     jaxpr = jax.make_jaxpr(g)(params, adapters, jnp.ones((3, 5), jnp.bfloat16)).jaxpr
     assert not formed(jaxpr, {(5, 7)}, "add", "add_any")
+
+
+def test_the_merged_mode_refuses_to_differentiate_the_base() -> None:
+    """Its backward pass has no gradient of W; zeros in its place would be wrong in silence."""
+    params = {"w": jnp.ones((4, 3))}
+    adapters = lora.init(lora.Spec(rank=2, targets="w"), params, key=jax.random.key(0))
+    x = jnp.ones((2, 4))
+
+    def value(params: Any, mode: str) -> jax.Array:
+        return lora.transform(lambda p, x: (x @ p["w"]).sum(), mode=mode)(params, adapters, x)
+
+    with pytest.raises(errors.UserError, match="w is differentiated"):
+        jax.grad(value)(params, "merged")
+    np.testing.assert_allclose(jax.grad(value)(params, "factored")["w"], 2 * np.ones((4, 3)))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each primitive does to a view of an adapted weight: turn it into another view, or consume it in a product.
+
+A rule takes (interpreter, equation, inputs) and gives the outputs, or None where no factors describe them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jft.lora import emit, views
+
+Rule = Callable[[Any, Any, list[Any]], list[Any] | None]
+
+
+def _view_first(rule: Callable) -> Callable:
+    """A rule for primitives whose first operand is W and whose result is a view of it."""
+
+    @functools.wraps(rule)
+    def wrapped(_: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+        view, *rest = inputs
+        if not isinstance(view, views.View) or any(isinstance(x, views.View) for x in rest):
+            return None
+        out = rule(view, *rest, **eqn.params)
+        return None if out is None else out if isinstance(out, list) else [out]
+
+    return wrapped
+
+
+def _convert(view: views.View, *, new_dtype: Any, **_: Any) -> views.View | None:
+    return views.cast(view, new_dtype) if jnp.issubdtype(new_dtype, jnp.floating) else None
+
+
+def _same(view: views.View, **_: Any) -> views.View:
+    return view
+
+
+def _stop_gradient(view: views.View, **_: Any) -> views.View:
+    return jax.tree.map(lax.stop_gradient, view)
+
+
+def _transpose(view: views.View, *, permutation: Sequence[int]) -> views.View:
+    return views.transpose(view, permutation)
+
+
+def _squeeze(view: views.View, *, dimensions: Sequence[int]) -> views.View:
+    return views.squeeze(view, dimensions)
+
+
+def _reshape(view: views.View, *, new_sizes: Sequence[int], dimensions: Any, **_: Any) -> Any:
+    return None if dimensions is not None else views.reshape(view, new_sizes)
+
+
+def _broadcast(
+    view: views.View, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: Any
+) -> views.View | None:
+    """Only new axes of size 1."""
+    new = [i for i in range(len(shape)) if i not in broadcast_dimensions]
+    kept = tuple(shape[i] for i in broadcast_dimensions)
+    if kept != view.w.shape or any(shape[i] != 1 for i in new):
+        return None
+    return views.expand(view, new) if new else view
+
+
+def _slice(view: views.View, *, start_indices: Any, limit_indices: Any, strides: Any) -> views.View:
+    strides = strides or (1,) * view.w.ndim
+
+    def cut(x: jax.Array, axis: int, i: int) -> jax.Array:
+        return lax.slice_in_dim(x, start_indices[i], limit_indices[i], strides[i], axis)
+
+    w = lax.slice(view.w, start_indices, limit_indices, strides)
+    axes = [i for i in range(view.w.ndim) if w.shape[i] != view.w.shape[i] or strides[i] != 1]
+    return views.slice_axes(view, w, axes, cut)
+
+
+def _dynamic_slice(view: views.View, *starts: Any, slice_sizes: Any) -> views.View:
+    def cut(x: jax.Array, axis: int, i: int) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, starts[i], slice_sizes[i], axis)
+
+    w = lax.dynamic_slice(view.w, starts, slice_sizes)
+    axes = [i for i in range(view.w.ndim) if slice_sizes[i] != view.w.shape[i]]
+    return views.slice_axes(view, w, axes, cut)
+
+
+def _split(view: views.View, *, sizes: Sequence[int], axis: int) -> list[views.View]:
+    out, start = [], 0
+    for size in sizes:
+
+        def cut(x: jax.Array, at: int, _: int, start: int = start, size: int = size) -> jax.Array:
+            return lax.slice_in_dim(x, start, start + size, 1, at)
+
+        out.append(views.slice_axes(view, cut(view.w, axis, axis), [axis], cut))
+        start += size
+    return out
+
+
+def _negate(view: views.View) -> views.View:
+    return dataclasses.replace(view, w=-view.w, b=-view.b)
+
+
+def _multiply(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    """By a scalar only."""
+    view, other = inputs if isinstance(inputs[0], views.View) else inputs[::-1]
+    if isinstance(other, views.View) or jnp.ndim(other) != 0:
+        return None
+    return [views.scaled(view, jnp.asarray(other))]
+
+
+def _dot(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    left, right = inputs
+    if isinstance(left, views.View) and isinstance(right, views.View):
+        return None
+    w_on_left = isinstance(left, views.View)
+    view, x = (left, right) if w_on_left else (right, left)
+    interpreter.note(view, eqn, factored=True)
+    return [emit.dot(x, view, w_on_left, eqn.params, interpreter.mode)]
+
+
+def _gather(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    view, indices = inputs
+    if not isinstance(view, views.View):
+        return None
+    out = emit.gather(indices, view, eqn.params)
+    if out is None:
+        return None
+    interpreter.note(view, eqn, factored=True)
+    return [out]
+
+
+RULES: dict[str, Rule] = {
+    "convert_element_type": _view_first(_convert),
+    "copy": _view_first(_same),
+    "stop_gradient": _view_first(_stop_gradient),
+    "transpose": _view_first(_transpose),
+    "squeeze": _view_first(_squeeze),
+    "reshape": _view_first(_reshape),
+    "broadcast_in_dim": _view_first(_broadcast),
+    "slice": _view_first(_slice),
+    "dynamic_slice": _view_first(_dynamic_slice),
+    "split": _view_first(_split),
+    "neg": _view_first(_negate),
+    "mul": _multiply,
+    "dot_general": _dot,
+    "gather": _gather,
+}
