@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from jft import errors
 from jft.lora import views
@@ -147,7 +146,7 @@ def _by_hand(base: Any, plan: _Plan, x: jax.Array, view: views.View) -> jax.Arra
     def value(x: jax.Array, view: views.View) -> jax.Array:
         return base(x, view.merged()) if form else _factored(base, plan, x, view)
 
-    def forward(x: Any, view: views.View) -> tuple[jax.Array, Any]:
+    def forward(x: Any, view: Any) -> tuple[jax.Array, Any]:  # leaves with .value and .perturbed
         if view.w.perturbed:
             raise errors.UserError(
                 f"{view.path} is differentiated, but lora mode 'merged' gives adapters alone a gradient:"
@@ -158,8 +157,7 @@ def _by_hand(base: Any, plan: _Plan, x: jax.Array, view: views.View) -> jax.Arra
 
     def backward(saved: Any, g: Any) -> tuple[jax.Array, views.View]:
         x, view = saved
-        if isinstance(g, SymbolicZero):
-            g = jnp.zeros(g.shape, g.dtype)
+        g = g if isinstance(g, jax.Array) else jnp.zeros(g.shape, g.dtype)  # a symbolic zero
         _, pull_x = jax.vjp(lambda x: value(x, view), x)
         d_a, d_b = _low_rank_pullback(plan, x, view, g)
         # W's is discarded: nobody differentiates it, or `forward` would have refused.
