@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from ml_collections import config_dict
 
-from jft import checkpoint, errors, lora, models, optim, runs, step, summary, tree
+from jft import checkpoint, errors, lora, matmul, models, optim, runs, step, summary, tree
 from jft import config as configuration
 from jft.data import batches, chat, load
 from jft.models import decoder
@@ -124,7 +124,8 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     if c.lora.rank:
         trainable, frozen, loss = _lora(c, model)
     else:
-        loss = step.full_loss(model.config, remat=c.remat, dtype=c.model.dtype)
+        einsum = matmul.for_training(jax.default_backend())
+        loss = step.full_loss(model.config, remat=c.remat, dtype=c.model.dtype, einsum=einsum)
         trainable, frozen = model.params, {}
     optimizer = optim.optimizer(optim.Optim(**c.optim), steps)
     accumulate = c.batch_size // micro_batch

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jft import lora, losses
+from jft import lora, losses, matmul
 from jft.models import decoder
 
 Batch = dict[str, jax.Array]
@@ -68,7 +68,13 @@ def lora_loss(c: decoder.Config, *, remat: str = "none", mode: str = "factored")
     return loss
 
 
-def full_loss(c: decoder.Config, *, remat: str = "none", dtype: Any = None) -> Loss:
+def full_loss(
+    c: decoder.Config,
+    *,
+    remat: str = "none",
+    dtype: Any = None,
+    einsum: matmul.Einsum = jnp.einsum,
+) -> Loss:
     """loss(params, {}, batch) -> (sum of nats, number of trained tokens).
 
     `dtype` is that of the computation, where it is not the parameters' own: weights that train stay float32, since in
@@ -78,9 +84,8 @@ def full_loss(c: decoder.Config, *, remat: str = "none", dtype: Any = None) -> L
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         if dtype is not None:
             params = jax.tree.map(lambda x: x.astype(dtype), params)
-        x_BTD = decoder.hidden(
-            c, params, batch["tokens"], batch["positions"], batch["segments"], remat=remat
-        )
+        inputs = (batch["tokens"], batch["positions"], batch["segments"])
+        x_BTD = decoder.hidden(c, params, *inputs, remat=remat, einsum=einsum)
         return losses.cross_entropy(
             lambda params, _, x: decoder.head(params, x),
             head_part(params),

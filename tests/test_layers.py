@@ -11,7 +11,7 @@ import jft
 ROOT = pathlib.Path(jft.__file__).parent
 # A module imports from rows above its own, or from its own package.
 ROWS = (
-    ("errors",),
+    ("errors", "matmul"),
     ("tree",),
     ("lora",),
     ("config", "losses", "optim"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft import lora, losses, optim, step
+from jft import lora, losses, matmul, optim, step
 from jft.models import decoder
 
 CONFIG = decoder.Config(
@@ -109,10 +109,11 @@ def test_lora_gradients_are_those_of_the_merged_model(mode: str) -> None:
     assert_close((total, grads), want)
 
 
+@pytest.mark.parametrize("einsum", [jnp.einsum, matmul.cpu_einsum])
 @pytest.mark.parametrize("count", [2, 4])
-def test_micro_batches_are_one_batch(count: int) -> None:
+def test_micro_batches_are_one_batch(count: int, einsum: matmul.Einsum) -> None:
     params, batch = make_params(), make_batch()
-    loss = step.full_loss(CONFIG)
+    loss = step.full_loss(CONFIG, einsum=einsum)
     want = step.gradients(loss, params, {}, batch, 1)
     got = step.gradients(loss, params, {}, step.micro_batches(batch, count), count)
     assert_close(got, want)

@@ -133,7 +133,7 @@ def run_jft(flags: argparse.Namespace, path: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from jft import lora, models, optim, step
+    from jft import lora, matmul, models, optim, step
     from jft.data import batches, chat
     from jft.models import decoder
 
@@ -151,7 +151,8 @@ def run_jft(flags: argparse.Namespace, path: str) -> dict[str, Any]:
         trainable, frozen = lora.init(spec, model.params, key=jax.random.key(0)), model.params
         loss = step.lora_loss(model.config, mode="merged")
     else:
-        loss = step.full_loss(model.config, dtype=flags.dtype)
+        einsum = matmul.for_training("cpu")
+        loss = step.full_loss(model.config, dtype=flags.dtype, einsum=einsum)
         trainable, frozen = model.params, {}
     del model
     optimizer = optim.optimizer(optim.Optim(), 1000)

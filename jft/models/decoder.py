@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jft import matmul
+
 Params = dict[str, Any]
 
 
@@ -75,8 +77,8 @@ class Projection(nnx.Module):
         self.equation = equation
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+    def __call__(self, x: jax.Array, context: "Context") -> jax.Array:
+        return context.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -103,9 +105,9 @@ class Attention(nnx.Module):
         self.out = Projection("BTNH,NHD->BTD", (N, H, D), N * H, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, context: "Context", cache: Any) -> tuple[jax.Array, Any]:
-        q_BTNH = rotate(self.query(x_BTD), context.sin_BTH, context.cos_BTH)
-        k_BTKH = rotate(self.key(x_BTD), context.sin_BTH, context.cos_BTH)
-        v_BTKH = self.value(x_BTD)
+        q_BTNH = rotate(self.query(x_BTD, context), context.sin_BTH, context.cos_BTH)
+        k_BTKH = rotate(self.key(x_BTD, context), context.sin_BTH, context.cos_BTH)
+        v_BTKH = self.value(x_BTD, context)
         if cache is None:
             k_BSKH, v_BSKH = k_BTKH, v_BTKH
         else:
@@ -113,7 +115,8 @@ class Attention(nnx.Module):
             k_BSKH = cache[0].at[row, context.positions_BT].set(k_BTKH)
             v_BSKH = cache[1].at[row, context.positions_BT].set(v_BTKH)
             cache = (k_BSKH, v_BSKH)
-        return self.out(attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS)), cache
+        attended_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS)
+        return self.out(attended_BTNH, context), cache
 
 
 class Mlp(nnx.Module):
@@ -125,8 +128,9 @@ class Mlp(nnx.Module):
         self.up = Projection("BTD,DF->BTF", (D, F), D, rngs=rngs)
         self.down = Projection("BTF,FD->BTD", (F, D), F, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+    def __call__(self, x_BTD: jax.Array, context: "Context") -> jax.Array:
+        gated_BTF = jax.nn.silu(self.gate(x_BTD, context)) * self.up(x_BTD, context)
+        return self.down(gated_BTF, context)
 
 
 class Block(nnx.Module):
@@ -141,13 +145,13 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: "Context", cache: Any) -> tuple[jax.Array, Any]:
         attended_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions_BT", "sin_BTH", "cos_BTH", "mask_BTS"],
-    meta_fields=[],
+    meta_fields=["einsum"],
 )
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -157,6 +161,7 @@ class Context:
     sin_BTH: jax.Array  # the last axis has H / 2 angles
     cos_BTH: jax.Array
     mask_BTS: jax.Array
+    einsum: matmul.Einsum = jnp.einsum
 
 
 def frequencies(c: Config, dtype: Any) -> jax.Array:
@@ -198,10 +203,16 @@ def attend(
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
 
 
-def _context(c: Config, positions_BT: jax.Array, mask_BTS: jax.Array, dtype: Any) -> Context:
+def _context(
+    c: Config,
+    positions_BT: jax.Array,
+    mask_BTS: jax.Array,
+    dtype: Any,
+    einsum: matmul.Einsum = jnp.einsum,
+) -> Context:
     wide = jnp.promote_types(dtype, jnp.float32)
     angles_BTH = positions_BT[..., None].astype(wide) * frequencies(c, wide)
-    return Context(positions_BT, jnp.sin(angles_BTH), jnp.cos(angles_BTH), mask_BTS)
+    return Context(positions_BT, jnp.sin(angles_BTH), jnp.cos(angles_BTH), mask_BTS, einsum)
 
 
 def packed_mask(segments_BT: jax.Array) -> jax.Array:
@@ -242,6 +253,7 @@ def hidden(
     segments_BT: jax.Array | None = None,
     *,
     remat: str = "none",
+    einsum: matmul.Einsum = jnp.einsum,
 ) -> jax.Array:
     """Final hidden states, after the last norm.
 
@@ -252,6 +264,7 @@ def hidden(
       positions_BT: positions within each example; 0..T-1 when not given.
       segments_BT: example numbers in packed rows; attention stays within one. One segment when not given.
       remat: a key of `REMAT_POLICIES`: what the backward pass recomputes.
+      einsum: how activations meet kernels.
 
     Returns:
       x_BTD in the dtype of the embedding.
@@ -262,7 +275,7 @@ def hidden(
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
     x_BTD = embed(params, tokens_BT)
-    context = _context(c, positions_BT, packed_mask(segments_BT), x_BTD.dtype)
+    context = _context(c, positions_BT, packed_mask(segments_BT), x_BTD.dtype, einsum)
     block = _block(c)
 
     def layer(x_BTD: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
