@@ -101,7 +101,7 @@ def test_nothing_trained_gives_zero_loss_and_gradient() -> None:
 def test_lora_gradients_are_those_of_the_merged_model(mode: str) -> None:
     params, batch = make_params(), make_batch()
     adapters = make_adapters(params)
-    want = jax.value_and_grad(lambda a: plain_loss(lora.merge(params, a), batch))(adapters)
+    want = jax.value_and_grad(lambda a: plain_loss(lora.add(params, a), batch))(adapters)
     total, weight, grads = step.gradients(
         step.lora_loss(CONFIG, mode=mode), adapters, params, batch, 1
     )

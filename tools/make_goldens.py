@@ -81,10 +81,13 @@ def _rope_double(
 
 
 def load_model(folder: pathlib.Path, precision: str) -> Any:
-    """Loads the base; for fp64, replaces the norms and RoPE, which are float32 in transformers."""
+    """Loads the base in fp32 or fp64."""
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if precision == "fp32":
-        return model
+    return model if precision == "fp32" else to_double(model)
+
+
+def to_double(model: Any) -> Any:
+    """A Llama in float64, its norms and RoPE too, which transformers computes in float32 whatever the dtype."""
     model.double()
     config = model.config
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -58,13 +57,16 @@ def _scan(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     looped = [i for i in range(n_consts, first_x) if not is_view[i]]
     fixed = {i: inputs[i] for i in range(first_x) if i not in looped}
     xs = [_scanned(x) for x in inputs[first_x:]]
+    keys = interpreter.split_key(params["length"])
 
     def body(carry: Any, x: Any) -> tuple[Any, Any]:
+        x, key = x
         args = [fixed.get(i) for i in range(first_x)]
         for i, value in zip(looped, carry, strict=True):
             args[i] = value
         args += [join(part) for part, (_, join) in zip(x, xs, strict=True)]
-        out = interpreter.closed(params["jaxpr"], args)
+        with interpreter.keyed(key):
+            out = interpreter.closed(params["jaxpr"], args)
         carry = [out[i - n_consts] for i in looped]
         # What is only passed on is taken from outside afterwards; a view made inside has no outside.
         ys = [None if isinstance(y, views.View) else y for y in out[n_carry:]]
@@ -73,7 +75,7 @@ def _scan(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     carry, ys = lax.scan(
         body,
         [inputs[i] for i in looped],
-        [part for part, _ in xs],
+        ([part for part, _ in xs], keys),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -93,16 +95,21 @@ def _scanned(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     if not isinstance(x, views.View):
         return x, lambda part: part
     label = x.labels[0]
-    fixed: dict[str, Any] = {}
     moving: dict[str, Any] = {"w": x.w}
-    changes: dict[str, Any] = {"labels": x.labels[1:]}
-    for name, array, labels in (("a", x.a, x.a_labels), ("b", x.b, x.b_labels)):
-        if label in labels:
-            moving[name] = jnp.moveaxis(array, labels.index(label), 0)
-            changes[f"{name}_labels"] = tuple(n for n in labels if n != label)
-        else:
-            fixed[name] = array
-    return moving, lambda part: dataclasses.replace(x, **fixed, **part, **changes)
+    for name in ("a", "b", "gain"):
+        part = getattr(x, name)
+        if part is not None and label in part.labels:
+            moving[name] = part.front(label)
+
+    def join(step: dict[str, Any]) -> views.View:
+        parts = {
+            name: views.Part(step[name], tuple(n for n in getattr(x, name).labels if n != label))
+            for name in step
+            if name != "w"
+        }
+        return dataclasses.replace(x, w=step["w"], labels=x.labels[1:], **parts)
+
+    return moving, join
 
 
 def _while(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -115,6 +122,7 @@ def _while(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     if any(jaxpr.outvars[i] is not jaxpr.invars[n_body + i] for i in fixed):
         return None
     looped = [i for i in range(len(carry)) if i not in fixed]
+    key = interpreter.split_key(None)
 
     def full(values: Sequence[Any]) -> list[Any]:
         args = [fixed.get(i) for i in range(len(carry))]
@@ -122,14 +130,20 @@ def _while(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
             args[i] = value
         return args
 
-    def cond(values: Sequence[Any]) -> Any:
+    def cond(state: Any) -> Any:
+        _, values = state
         return interpreter.closed(params["cond_jaxpr"], [*cond_consts, *full(values)])[0]
 
-    def body(values: Sequence[Any]) -> list[Any]:
-        out = interpreter.closed(params["body_jaxpr"], [*body_consts, *full(values)])
-        return [out[i] for i in looped]
+    def body(state: Any) -> Any:
+        key, values = state  # the key is None without dropout
+        if key is not None:
+            key, step_key = jax.random.split(key)
+        with interpreter.keyed(None if key is None else step_key):
+            out = interpreter.closed(params["body_jaxpr"], [*body_consts, *full(values)])
+        return key, [out[i] for i in looped]
 
-    return full(lax.while_loop(cond, body, [carry[i] for i in looped]))
+    _, values = lax.while_loop(cond, body, (key, [carry[i] for i in looped]))
+    return full(values)
 
 
 def _cond(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -150,6 +164,42 @@ def _passed_on(branches: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
     return out
 
 
+def _shard_map(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    """Each device gets the blocks of the factors that belong to its block of W."""
+    params, jaxpr = eqn.params, eqn.params["jaxpr"]
+    if any(isinstance(x, views.View) for x in _forwarded(jaxpr, inputs, jaxpr.outvars)):
+        return None
+    in_specs = [_specs(x, spec) for x, spec in zip(inputs, params["in_specs"], strict=True)]
+    key = interpreter.split_key(None)
+
+    def body(key: Any, *args: Any) -> list[Any]:
+        with interpreter.keyed(key), interpreter.manual(checked=params["check_vma"]):
+            return interpreter.run(jaxpr, (), args)
+
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=(None if key is None else jax.P(), *in_specs),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=params["newly_manual_axes"],
+    )(key, *inputs)
+
+
+def _specs(x: Any, spec: jax.P) -> Any:
+    """in_specs of one input: of a view's factors, what of W's spec concerns their dimensions."""
+    if not isinstance(x, views.View):
+        return spec
+    axes = dict(zip(x.labels, (*spec, *(None,) * x.w.ndim), strict=False))
+
+    def part(p: views.Part) -> views.Part:
+        of: Any = jax.P(*(axes.get(n) for n in p.labels))
+        return views.Part(of, p.labels)
+
+    of_w: Any = spec
+    return dataclasses.replace(x.each(part), w=of_w)
+
+
 RULES: dict[str, rules.Rule] = {
     "jit": _inline,
     "closed_call": _inline,
@@ -158,4 +208,5 @@ RULES: dict[str, rules.Rule] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "shard_map": _shard_map,
 }

@@ -6,14 +6,17 @@ Equations that touch no adapted leaf are re-emitted as they are. Structural ones
 (`jft.lora.control`). Anything else would need W + scale * A B itself: an error, unless allowed.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
+from jax import lax
 from jax.extend import core, source_info_util
 
 from jft import errors, tree
@@ -35,13 +38,51 @@ class MaterializeError(errors.UserError):
 
 
 class Interpreter:
-    """Evaluates jaxprs whose inputs may be views. Holds what is constant over one evaluation."""
+    """Evaluates jaxprs whose inputs may be views. Holds what is constant over one evaluation, and where it is."""
 
-    def __init__(self, mode: str, allow: Sequence[str]):
+    def __init__(self, mode: str, allow: Sequence[str], key: jax.Array | None = None):
         self.mode = mode
         self.allow = allow
         self.uses: list[Use] = []
         self.places: list[str] = []  # of the equations around the one at hand, outermost first
+        self.debug_info: Any = None  # of the jaxpr at hand
+        self._key = key  # for dropout, of the loop step at hand
+        self._draws = itertools.count()
+        self._checked = True  # whether types say over which mesh axes a value varies
+
+    def fresh_key(self, x: jax.Array) -> jax.Array | None:
+        """A key for one use of one weight with x, another on each device whose x differs; None without dropout."""
+        if self._key is None:
+            return None
+        if not self._checked:
+            raise errors.UserError(
+                "dropout inside shard_map needs check_vma=True: without it nothing says which devices hold the same x"
+            )
+        key = jax.random.fold_in(self._key, next(self._draws))
+        for axis in sorted(views.varying(x)):
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+        return key
+
+    def split_key(self, count: int | None) -> jax.Array | None:
+        """A key for what lies within a loop, or `count` of them, one for each step."""
+        if self._key is None:
+            return None
+        key = jax.random.fold_in(self._key, next(self._draws))
+        return key if count is None else jax.random.split(key, count)
+
+    @contextlib.contextmanager
+    def keyed(self, key: jax.Array | None) -> Iterator[None]:
+        """Within, keys come from this one."""
+        outer, self._key = self._key, key
+        yield
+        self._key = outer
+
+    @contextlib.contextmanager
+    def manual(self, *, checked: bool) -> Iterator[None]:
+        """Within a shard_map that tracks, or does not, over which mesh axes values vary."""
+        outer, self._checked = self._checked, checked and self._checked
+        yield
+        self._checked = outer
 
     def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         return self.run(jaxpr.jaxpr, jaxpr.consts, args)
@@ -55,25 +96,38 @@ class Interpreter:
 
         env.update(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         for eqn in jaxpr.eqns:
-            inputs = [read(atom) for atom in eqn.invars]
-            outputs = self.equation(eqn, inputs, jaxpr.debug_info)
-            env.update(zip(eqn.outvars, outputs, strict=True))
+            self.debug_info = jaxpr.debug_info
+            env.update(
+                zip(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars]), strict=True)
+            )
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: Any, inputs: list[Any], debug_info: Any) -> list[Any]:
+    def equation(self, eqn: Any, inputs: list[Any]) -> list[Any]:
         if not any(isinstance(x, views.View) for x in inputs):
-            return plain(eqn, inputs, debug_info)
+            return self.plain(eqn, inputs)
         rule = RULES.get(eqn.primitive.name)
+        debug_info = self.debug_info
         self.places.append(source_info_util.summarize(eqn.source_info))
         try:
             outputs = rule(self, eqn, inputs) if rule else None
         except views.Mixed:
             outputs = None
+        self.debug_info = debug_info
         if outputs is None:
             full = [self.materialize(x, eqn) if isinstance(x, views.View) else x for x in inputs]
-            outputs = plain(eqn, full, debug_info)
+            outputs = self.plain(eqn, full)
         self.places.pop()
         return outputs
+
+    def plain(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+        """Evaluates one equation as it is, through a jaxpr of its own (which hides how primitives bind)."""
+        variables = [v for v in eqn.invars if not isinstance(v, core.Literal)]
+        values = [
+            x for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, core.Literal)
+        ]
+        unique = dict(zip(variables, values, strict=True))
+        jaxpr = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects, self.debug_info)
+        return jax.core.eval_jaxpr(jaxpr, (), *unique.values())
 
     def note(self, view: views.View, eqn: Any, factored: bool) -> Use:
         # Library functions that are traced once and cached have no line of their own: take the caller's.
@@ -92,15 +146,6 @@ class Interpreter:
         return view.merged()
 
 
-def plain(eqn: Any, inputs: Sequence[Any], debug_info: Any) -> list[Any]:
-    """Evaluates one equation as it is, through a jaxpr of its own (which hides how primitives bind)."""
-    variables = [v for v in eqn.invars if not isinstance(v, core.Literal)]
-    values = [x for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, core.Literal)]
-    unique = dict(zip(variables, values, strict=True))
-    jaxpr = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects, debug_info)
-    return jax.core.eval_jaxpr(jaxpr, (), *unique.values())
-
-
 RULES = rules.RULES | control.RULES
 
 
@@ -113,7 +158,9 @@ def transform(f: Callable, *, mode: str = "factored", materialize: Sequence[str]
       materialize: patterns of paths for which forming W + scale * A B is allowed where no factors will do.
 
     Returns:
-      g. It can be jitted, differentiated, vmapped (over adapters too) and sharded like f.
+      g. It can be jitted, differentiated, vmapped (over adapters too) and sharded like f. With `dropout_key=`, a typed
+      key, the inputs of low-rank products are dropped at the adapters' rates, differently for each use of a weight,
+      step of a loop and row; without it, never.
 
     Raises:
       UserError, from g: an adapter that fits no leaf, or that f never uses.
@@ -123,8 +170,15 @@ def transform(f: Callable, *, mode: str = "factored", materialize: Sequence[str]
         raise errors.UserError(f"lora mode {mode!r}: it must be one of {', '.join(emit.MODES)}")
 
     @functools.wraps(f)
-    def g(params: Any, adapters: Mapping[str, spec.Factors], *args: Any, **kwargs: Any) -> Any:
-        return _evaluate(f, Interpreter(mode, materialize), params, adapters, args, kwargs)
+    def g(
+        params: Any,
+        adapters: Mapping[str, spec.Factors],
+        *args: Any,
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        interpreter = Interpreter(mode, materialize, dropout_key)
+        return _evaluate(f, interpreter, params, adapters, args, kwargs)
 
     return g
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import errors, tree
+from jft.lora import layouts as layout_rules
 from jft.lora import spec
 
 Names = Mapping[str, tuple[str, int | None]]
@@ -196,7 +197,7 @@ def _assemble(
     where: pathlib.Path,
 ) -> spec.Factors:
     """One leaf's factors from its layers' matrices."""
-    layout = spec.layout_of(spec.Spec(layouts=tuple(layouts)), path, len(shape))
+    layout = layout_rules.find(layouts, path, len(shape))
     rank = max(a.shape[-1] for a, _, _ in layers.values())
     scale = max(s for _, _, s in layers.values())
     inputs = [n for n, kind in zip(shape, layout, strict=True) if kind == "i"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import ad_checkpoint, lax
 
-from jft.lora import emit, views
+from jft.lora import emit, products, views
 
 Rule = Callable[[Any, Any, list[Any]], list[Any] | None]
 
@@ -100,7 +100,7 @@ def _split(view: views.View, *, sizes: Sequence[int], axis: int) -> list[views.V
 
 
 def _negate(view: views.View) -> views.View:
-    return dataclasses.replace(view, w=-view.w, b=-view.b)
+    return views.scaled(view, lambda x: -x)
 
 
 def _multiply(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -108,7 +108,70 @@ def _multiply(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None
     view, other = inputs if isinstance(inputs[0], views.View) else inputs[::-1]
     if isinstance(other, views.View) or jnp.ndim(other) != 0:
         return None
-    return [views.scaled(view, jnp.asarray(other))]
+    return [views.scaled(view, lambda x: x * jnp.asarray(other, x.dtype))]
+
+
+def _divide(view: views.View, other: Any) -> views.View | None:
+    if jnp.ndim(other) != 0:
+        return None
+    return views.scaled(view, lambda x: x / jnp.asarray(other, x.dtype))
+
+
+def _barrier(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
+    return list(lax.optimization_barrier(tuple(inputs)))
+
+
+def _name(view: views.View, *, name: str) -> views.View:
+    return dataclasses.replace(view, w=ad_checkpoint.checkpoint_name(view.w, name))
+
+
+def _round(view: views.View, *, exponent_bits: int, mantissa_bits: int) -> views.View:
+    """As for a cast, the base is rounded and the factors keep their precision."""
+    return dataclasses.replace(view, w=lax.reduce_precision(view.w, exponent_bits, mantissa_bits))
+
+
+def _constrain(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    """W's sharding for W, and for each factor what of it concerns the factor's dimensions."""
+    (view,) = inputs
+    sharding = eqn.params["sharding"]
+    if not isinstance(sharding, jax.NamedSharding) or eqn.params["unconstrained_dims"]:
+        return None
+    return [_sharded(view, sharding, lax.with_sharding_constraint)]
+
+
+def _reshard(view: views.View, *, dst_sharding: Any, **_: Any) -> views.View:
+    return _sharded(view, dst_sharding, jax.sharding.reshard)
+
+
+def _sharded(view: views.View, to: jax.NamedSharding, move: Callable) -> views.View:
+    axes = dict(zip(view.labels, (*to.spec, *(None,) * view.w.ndim), strict=False))
+
+    def part(x: views.Part) -> views.Part:
+        spec = jax.P(*(axes.get(n) for n in x.labels))
+        return views.Part(move(x.array, jax.NamedSharding(to.mesh, spec)), x.labels)
+
+    return dataclasses.replace(view.each(part), w=move(view.w, to))
+
+
+def _vary(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    """W declared to vary over mesh axes. The factors follow by themselves where they meet what varies."""
+    (view,) = inputs
+    (w,) = interpreter.plain(eqn, [view.w])
+    return [dataclasses.replace(view, w=w)]
+
+
+def _all_gather(view: views.View, **params: Any) -> views.View | None:
+    """The dimension is gathered in W and in the factors that have it."""
+    axis = params["all_gather_dimension"]
+    if not params["tiled"]:
+        return None
+    options = {k: params[k] for k in ("axis_index_groups", "tiled")}
+
+    def gathered(x: jax.Array, axis: int) -> jax.Array:
+        return lax.all_gather(x, params["axis_name"], axis=axis, **options)
+
+    view_parts = view.each(lambda part: part.map(view.labels[axis], gathered))
+    return dataclasses.replace(view_parts, w=gathered(view.w, axis))
 
 
 def _dot(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -117,24 +180,45 @@ def _dot(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
         return None
     w_on_left = isinstance(left, views.View)
     view, x = (left, right) if w_on_left else (right, left)
+    return _consume(interpreter, eqn, products.dot(view, x.ndim, w_on_left, eqn.params), x, view)
+
+
+def _ragged(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    x, view, sizes = inputs
+    if isinstance(x, views.View) or not isinstance(view, views.View):
+        return None
+    return _consume(interpreter, eqn, products.ragged(view, x.ndim, sizes, eqn.params), x, view)
+
+
+def _consume(
+    interpreter: Any, eqn: Any, product: emit.Product | None, x: jax.Array, view: views.View
+) -> list[Any] | None:
+    if product is None:
+        return None
+    key = interpreter.fresh_key(x) if view.dropout else None
+    y = emit.product(product, x, view, interpreter.mode, key)
+    if y is None:
+        return None
     interpreter.note(view, eqn, factored=True)
-    return [emit.dot(x, view, w_on_left, eqn.params, interpreter.mode)]
+    return [y]
 
 
 def _gather(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     view, indices = inputs
     if not isinstance(view, views.View):
         return None
-    out = emit.gather(indices, view, eqn.params)
+    out = products.gather(indices, view, eqn.params)
     if out is None:
         return None
-    interpreter.note(view, eqn, factored=True)
+    if not isinstance(out, views.View):
+        interpreter.note(view, eqn, factored=True)
     return [out]
 
 
 RULES: dict[str, Rule] = {
     "convert_element_type": _view_first(_convert),
     "copy": _view_first(_same),
+    "copy_p": _view_first(_same),
     "stop_gradient": _view_first(_stop_gradient),
     "transpose": _view_first(_transpose),
     "squeeze": _view_first(_squeeze),
@@ -145,6 +229,16 @@ RULES: dict[str, Rule] = {
     "split": _view_first(_split),
     "neg": _view_first(_negate),
     "mul": _multiply,
+    "div": _view_first(_divide),
+    "optimization_barrier": _barrier,
+    "name": _view_first(_name),
+    "reduce_precision": _view_first(_round),
+    "sharding_constraint": _constrain,
+    "reshard": _view_first(_reshard),
+    "pvary": _vary,
+    "pcast": _vary,
+    "all_gather": _view_first(_all_gather),
     "dot_general": _dot,
+    "ragged_dot_general": _ragged,
     "gather": _gather,
 }

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter is: its specification, its factors, and the arithmetic of one update.
+"""What an adapter is: its specification, its factors, and fresh ones.
 
 LoRA (https://arxiv.org/abs/2106.09685) replaces a frozen kernel W by W + scale * A B, with A thin and B flat. Here a
-kernel may have any rank. Its *layout* says what each dimension is: `b` a batch of independent kernels (stacked
-layers, experts), `i` input, `o` output. "bioo" is [layers, D, heads, H]: A is [layers, D, r], B [layers, r, heads, H].
+kernel may have any rank; `jft.lora.layouts` says which of its dimensions are batch, inputs and outputs.
 """
 
 import dataclasses
@@ -16,56 +15,97 @@ import jax
 import jax.numpy as jnp
 
 from jft import errors, tree
+from jft.lora import dora, layouts
 
-# Layouts of names that the common libraries use, for leaves that no rule of the caller's names.
-DEFAULT_LAYOUTS: dict[int, str] = {2: "io"}
+INITIALIZERS = ("kaiming", "gaussian", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Which leaves get an adapter, and of what kind.
+    """Which leaves get an adapter, and of what kind. Patterns are regular expressions over whole path names.
 
     Attributes:
       rank: r, the inner dimension.
       alpha: the scale is alpha / r, or alpha / sqrt(r) with `use_rslora`.
-      targets: a regular expression that must match a leaf's whole path name.
+      targets: the leaves to adapt.
+      exclude: of these, the ones to leave alone; "" = none.
+      dropout: rate for the input of the low-rank product, where the transformed function is given a key.
+      rank_pattern, alpha_pattern: ordered (pattern, value) rules for leaves with another rank or alpha.
       use_rslora: rank-stabilised scale (https://arxiv.org/abs/2312.03732).
-      layouts: ordered (regex, layout) rules; two-dimensional leaves default to "io", others need a rule.
+      use_dora: a trained magnitude for each output (https://arxiv.org/abs/2402.09353).
+      initializer: "kaiming" (A uniform in ±1/sqrt(inputs), B zero: PEFT's default), "gaussian" (A normal with
+        deviation 1/r, B zero) or "embedding" (A zero, B normal with deviation 1: PEFT's for lookup tables); or ordered
+        (pattern, name) rules that cover every target.
+      layouts: ordered (pattern, layout) rules; two-dimensional leaves default to [in, out], others need one.
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: str = r".*/kernel"
+    exclude: str = ""
+    dropout: float = 0.0
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
     use_rslora: bool = False
-    layouts: tuple[tuple[str, str], ...] = ()
+    use_dora: bool = False
+    initializer: str | tuple[tuple[str, str], ...] = "kaiming"
+    layouts: tree.Rules = ()
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise errors.UserError(f"lora.rank={self.rank}: it must be 1 or more")
+        for rank in (self.rank, *(r for _, r in self.rank_pattern)):
+            if rank < 1 or rank != int(rank):
+                raise errors.UserError(f"lora.rank={rank}: a whole number, 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise errors.UserError(f"lora.dropout={self.dropout}: 0 or more, below 1")
+        for name in [name for _, name in self.initializers]:
+            if name not in INITIALIZERS:
+                raise errors.UserError(
+                    f"lora.initializer={name!r}: one of {', '.join(INITIALIZERS)}"
+                )
 
     @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+    def initializers(self) -> tuple[tuple[str, str], ...]:
+        return (
+            ((".*", self.initializer),) if isinstance(self.initializer, str) else self.initializer
+        )
+
+    def rank_of(self, path: str) -> int:
+        return _first(self.rank_pattern, path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        rank, alpha = self.rank_of(path), _first(self.alpha_pattern, path, self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _first(rules: tree.Rules, path: str, default: Any) -> Any:
+    found = tree.lookup(rules, path)
+    return default if found is None else found
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "layout"]
+    jax.tree_util.register_dataclass,
+    data_fields=["a", "b", "magnitude"],
+    meta_fields=["scale", "layout", "dropout"],
 )
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """One adapter: the update of its leaf is scale * A B over the rank.
+    """One adapter: its leaf W becomes W + scale * A B over the rank, or DoRA's m (W + scale * A B) / |W + scale * A B|.
 
     Attributes:
       a: [*batch, *inputs, r]
       b: [*batch, r, *outputs]
       scale: a number that is not trained.
       layout: one letter of b, i, o for each dimension of the leaf.
+      magnitude: m, [*batch, *outputs]; None without DoRA.
+      dropout: rate for the input of the low-rank product.
     """
 
     a: Any
     b: Any
     scale: float
     layout: str
+    magnitude: Any = None
+    dropout: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -75,59 +115,95 @@ class Factors:
 Adapters = dict[str, Factors]
 
 
-def layout_of(spec: Spec, path: str, ndim: int) -> str:
-    """The layout of a leaf by the spec's rules; an error when none says, or when it has another rank."""
-    layout = tree.lookup(spec.layouts, path) or DEFAULT_LAYOUTS.get(ndim)
-    if layout is None:
-        raise errors.UserError(
-            f"{path} has {ndim} dimensions and no layout: add (regex, layout) to layouts, one letter"
-            " for each dimension (b batch, i input, o output), e.g. 'bio' for stacked kernels"
-        )
-    if len(layout) != ndim or set(layout) - set("bio") or not {"i", "o"} <= set(layout):
-        raise errors.UserError(
-            f"layout {layout!r} does not fit {path} of {ndim} dimensions: one letter of b, i, o for"
-            " each, with an i and an o"
-        )
-    return layout
+def shapes(layout: str, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of A, B and a magnitude for a leaf."""
+    batch, inputs, outputs = layouts.split(layout, shape)
+    return (*batch, *inputs, rank), (*batch, rank, *outputs), (*batch, *outputs)
 
 
-def _shapes(layout: str, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], ...]:
-    batch, inputs, outputs = (
-        tuple(n for n, kind in zip(shape, layout, strict=True) if kind == letter)
-        for letter in "bio"
-    )
-    return (*batch, *inputs, rank), (*batch, rank, *outputs)
+def select(spec: Spec, params: Any) -> dict[str, str]:
+    """{path: layout} of the leaves that the spec adapts.
+
+    Raises:
+      UserError: a pattern matches nothing, or a leaf has no layout.
+    """
+    leaves = tree.flatten(params)
+    paths = tree.match(spec.targets, leaves, "lora.targets")
+    if spec.exclude:
+        gone = tree.match(spec.exclude, paths, "lora.exclude")
+        paths = [path for path in paths if path not in gone]
+        if not paths:
+            raise errors.UserError(f"lora.exclude={spec.exclude!r} excludes every target")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(spec, name):
+            tree.match(pattern, paths, f"lora.{name}")
+    return {path: layouts.find(spec.layouts, path, leaves[path].ndim) for path in paths}
 
 
 def init(spec: Spec, params: Any, *, key: jax.Array) -> Adapters:
-    """Fresh adapters: A uniform in ±1/sqrt(inputs) as PEFT's default, B zero, so the function is unchanged.
+    """Fresh adapters: one factor is zero, so the function is unchanged.
 
     Args:
-      spec: which leaves, which rank.
-      params: the base's parameters or their shapes (`jax.ShapeDtypeStruct`).
+      spec: which leaves, which kind.
+      params: the base's parameters or, without DoRA, their shapes (`jax.ShapeDtypeStruct`).
       key: a typed key.
 
     Returns:
       {path: Factors}, float32 (float64 for a float64 leaf) whatever the base's dtype: in bfloat16 most entries of A
-      never move at usual learning rates.
+      never move at usual learning rates. Factors of a leaf with a NamedSharding are sharded like its dimensions.
 
     Raises:
-      UserError: no leaf matches, or a leaf has no layout.
+      UserError: a pattern matches nothing, or a leaf has no layout.
     """
     leaves = tree.flatten(params)
     adapters = {}
-    for path in tree.match(spec.targets, leaves, "lora.targets"):
-        leaf = leaves[path]
-        layout = layout_of(spec, path, leaf.ndim)
-        a_shape, b_shape = _shapes(layout, leaf.shape, spec.rank)
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        key, a_key = jax.random.split(key)
-        bound = (
-            math.prod(n for n, kind in zip(leaf.shape, layout, strict=True) if kind == "i") ** -0.5
-        )
-        a = jax.random.uniform(a_key, a_shape, dtype, minval=-bound, maxval=bound)
-        adapters[path] = Factors(a, jnp.zeros(b_shape, dtype), spec.scale, layout)
+    for path, layout in select(spec, params).items():
+        key, own = jax.random.split(key)
+        adapters[path] = _fresh(spec, path, leaves[path], layout, own)
     return adapters
+
+
+def _fresh(spec: Spec, path: str, leaf: Any, layout: str, key: jax.Array) -> Factors:
+    name = tree.lookup(spec.initializers, path)
+    if name is None:
+        raise errors.UserError(f"lora.initializer: no rule matches {path}; end with ('.*', ...)")
+    rank, scale = spec.rank_of(path), spec.scale_of(path)
+    a_shape, b_shape, _ = shapes(layout, leaf.shape, rank)
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    a, b = jnp.zeros(a_shape, dtype), jnp.zeros(b_shape, dtype)
+    if name == "kaiming":
+        bound = math.prod(layouts.split(layout, leaf.shape)[1]) ** -0.5
+        a = jax.random.uniform(key, a_shape, dtype, minval=-bound, maxval=bound)
+    elif name == "gaussian":
+        a = jax.random.normal(key, a_shape, dtype) / rank
+    else:
+        b = jax.random.normal(key, b_shape, dtype)
+    magnitude = None
+    if spec.use_dora:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise errors.UserError(f"DoRA starts from the norms of {path}: init needs its values")
+        magnitude = dora.norms(leaf, a, b, scale, layout)
+    factors = Factors(a, b, scale, layout, magnitude, spec.dropout)
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(sharding, jax.NamedSharding):
+        return factors
+    specs = partition_spec(factors, sharding.spec)
+    return jax.tree.map(
+        lambda x, p: jax.device_put(x, jax.NamedSharding(sharding.mesh, p)), factors, specs
+    )
+
+
+def partition_spec(factors: Factors, leaf: jax.P) -> Factors:
+    """The PartitionSpecs of the factors, in their places: each dimension is sharded as the leaf's is, RANK never."""
+    axes = (*leaf, *(None,) * (len(factors.layout) - len(leaf)))
+    batch, inputs, outputs = layouts.split(factors.layout, axes)
+    magnitude = None if factors.magnitude is None else jax.P(*batch, *outputs)
+    return dataclasses.replace(
+        factors,
+        a=jax.P(*batch, *inputs, None),
+        b=jax.P(*batch, None, *outputs),
+        magnitude=magnitude,
+    )
 
 
 def check(adapters: Mapping[str, Factors], params: Any) -> None:
@@ -136,32 +212,15 @@ def check(adapters: Mapping[str, Factors], params: Any) -> None:
     for path, factors in adapters.items():
         if path not in leaves:
             tree.match(path, leaves, "adapter path")
-        want = _shapes(factors.layout, leaves[path].shape, factors.rank)
-        got = (tuple(factors.a.shape), tuple(factors.b.shape))
-        if want != got:
+        if len(factors.layout) != len(leaves[path].shape):
             raise errors.UserError(
-                f"adapter {path}: shapes {got} do not fit the leaf, which needs {want}"
+                f"adapter {path}: layout {factors.layout!r}, but the leaf has shape {leaves[path].shape}"
             )
-
-
-def delta(factors: Factors) -> jax.Array:
-    """scale * A B, with the leaf's shape, in the adapter's dtype."""
-    letters = "abcdefghijklmnopq"[: len(factors.layout)]
-    a, b = (
-        "".join(c for c, kind in zip(letters, factors.layout, strict=True) if kind == k)
-        for k in "io"
-    )
-    batch = "".join(c for c, kind in zip(letters, factors.layout, strict=True) if kind == "b")
-    product = jnp.einsum(f"{batch}{a}r,{batch}r{b}->{letters}", factors.a, factors.b)
-    return factors.scale * product
-
-
-def merge(params: Any, adapters: Mapping[str, Factors]) -> Any:
-    """The parameters with each update added, summed in at least float32 and rounded once to the leaf's dtype."""
-    check(adapters, params)
-    leaves = tree.flatten(params)
-    merged = {}
-    for path, factors in adapters.items():
-        wide = jnp.promote_types(leaves[path].dtype, factors.a.dtype)
-        merged[path] = (leaves[path].astype(wide) + delta(factors)).astype(leaves[path].dtype)
-    return tree.replace(params, merged)
+        want = shapes(factors.layout, leaves[path].shape, factors.rank)
+        got = (factors.a.shape, factors.b.shape)
+        if factors.magnitude is not None:
+            got = (*got, factors.magnitude.shape)
+        if got != want[: len(got)]:
+            raise errors.UserError(
+                f"adapter {path}: shapes {got} do not fit the leaf, which needs {want[: len(got)]}"
+            )

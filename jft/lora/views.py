@@ -3,114 +3,183 @@
 
 Each dimension of W carries a label (an integer). A holds the labels of batch and inputs, B those of batch and
 outputs, both hold RANK. Permuting W permutes labels; slicing a dimension slices the factors that carry its label.
-So W + scale * A B viewed in any of these ways is W viewed, plus the product of factors viewed: it is never formed.
+So gain * (W + scale * A B), viewed in any of these ways, is W viewed, and factors viewed: it is never formed.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jft.lora import spec
+from jft.lora import dora, spec
 
 RANK = 0
-_fresh = itertools.count(1)
+_labels = itertools.count(1)
+
+
+def fresh() -> int:
+    """A label that no other dimension has."""
+    return next(_labels)
 
 
 class Mixed(Exception):
     """The operation would mix inputs with outputs: no factors describe its result."""
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["labels"])
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """An array whose axes are known by label; their order is free."""
+
+    array: jax.Array
+    labels: tuple[int, ...]
+
+    def arrange(self, wanted: Sequence[int]) -> jax.Array:
+        """The array with its axes in this order."""
+        if self.labels == tuple(wanted):
+            return self.array
+        return lax.transpose(self.array, [self.labels.index(n) for n in wanted])
+
+    def front(self, label: int) -> jax.Array:
+        """The array with the axis of this label first and the others in their order."""
+        return self.arrange((label, *(n for n in self.labels if n != label)))
+
+    def map(self, label: int, f: Callable[[jax.Array, int], jax.Array]) -> "Part":
+        """f(array, axis) applied to the axis with this label, if there is one."""
+        if label not in self.labels:
+            return self
+        return Part(f(self.array, self.labels.index(label)), self.labels)
+
+    def drop(self, gone: set[int]) -> "Part":
+        """Without the axes of these labels, which have size 1."""
+        axes = [i for i, n in enumerate(self.labels) if n in gone]
+        if not axes:
+            return self
+        kept = tuple(n for n in self.labels if n not in gone)
+        return Part(lax.squeeze(self.array, axes), kept)
+
+    def regroup(self, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]) -> "Part":
+        """The axes `old` brought together and reshaped into `sizes`, which get the labels `new`."""
+        if old[0] not in self.labels:
+            return self
+        rest = [n for n in self.labels if n not in old]
+        array = self.arrange((*rest, *old))
+        array = lax.reshape(array, (*array.shape[: len(rest)], *sizes))
+        return Part(array, (*rest, *new))
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["w", "a", "b"],
-    meta_fields=["labels", "a_labels", "b_labels", "scale", "path"],
+    data_fields=["w", "a", "b", "gain"],
+    meta_fields=["labels", "scale", "dropout", "path"],
 )
 @dataclasses.dataclass(frozen=True)
 class View:
-    """W as seen at one point of the program.
+    """W as seen at one point of the program: it stands for gain * (w + scale * sum over RANK of a b).
 
     Attributes:
       w: the base's array, as the untransformed program would have it.
-      a, b: the factors, viewed alike; their axis order is free, `a_labels` and `b_labels` say what it is.
+      a, b: the factors, viewed alike.
+      gain: DoRA's factor for each output, over some labels of batch and outputs; None without DoRA.
       labels: one label for each dimension of w.
-      scale: the update is scale * sum over RANK of a * b.
+      scale: a number.
+      dropout: rate for the input of the low-rank product.
       path: the leaf it comes from.
     """
 
     w: jax.Array
-    a: jax.Array
-    b: jax.Array
+    a: Part
+    b: Part
+    gain: Part | None
     labels: tuple[int, ...]
-    a_labels: tuple[int, ...]
-    b_labels: tuple[int, ...]
     scale: float
+    dropout: float
     path: str
 
-    def map(self, label: int, f: Callable[[jax.Array, int], jax.Array]) -> "View":
-        """The view with f(array, axis) applied to each factor that carries the label. `w` is left alone."""
-        a = f(self.a, self.a_labels.index(label)) if label in self.a_labels else self.a
-        b = f(self.b, self.b_labels.index(label)) if label in self.b_labels else self.b
-        return dataclasses.replace(self, a=a, b=b)
+    def each(self, f: Callable[[Part], Part]) -> "View":
+        """f applied to the factors and the gain. `w` is left alone."""
+        gain = None if self.gain is None else f(self.gain)
+        return dataclasses.replace(self, a=f(self.a), b=f(self.b), gain=gain)
 
     def delta(self) -> jax.Array:
         """scale * A B with the dimensions of w, in the factors' dtype."""
-        product, labels = contract(self.a, self.a_labels, self.b, self.b_labels, self.labels)
-        return self.scale * arrange(product, labels, self.labels)
+        return self.scale * contract(self.a, self.b, self.labels).arrange(self.labels)
 
     def merged(self) -> jax.Array:
-        """W + scale * A B: what the program would see if the update were formed."""
+        """What the program would see if the update were formed."""
         delta = self.delta()
         wide = jnp.promote_types(self.w.dtype, delta.dtype)
-        return (self.w.astype(wide) + delta).astype(self.w.dtype)
+        total = self.w.astype(wide) + delta
+        if self.gain is not None:
+            total = total * spread(self.gain, self.labels)
+        return total.astype(self.w.dtype)
 
 
 def make(path: str, w: jax.Array, factors: spec.Factors) -> View:
     """The view of a whole leaf."""
-    labels = tuple(next(_fresh) for _ in factors.layout)
-    kinds = {
-        letter: tuple(n for n, kind in zip(labels, factors.layout, strict=True) if kind == letter)
+    labels = tuple(fresh() for _ in factors.layout)
+    batch, inputs, outputs = (
+        tuple(n for n, kind in zip(labels, factors.layout, strict=True) if kind == letter)
         for letter in "bio"
-    }
-    a_labels = (*kinds["b"], *kinds["i"], RANK)
-    b_labels = (*kinds["b"], RANK, *kinds["o"])
-    return View(w, factors.a, factors.b, labels, a_labels, b_labels, factors.scale, path)
+    )
+    gain = None
+    if factors.magnitude is not None:
+        gain = Part(dora.gain(w, factors), (*batch, *outputs))
+    return View(
+        w=w,
+        a=Part(factors.a, (*batch, *inputs, RANK)),
+        b=Part(factors.b, (*batch, RANK, *outputs)),
+        gain=gain,
+        labels=labels,
+        scale=factors.scale,
+        dropout=factors.dropout,
+        path=path,
+    )
 
 
 def contract(
-    x: jax.Array,
-    x_labels: Sequence[int],
-    y: jax.Array,
-    y_labels: Sequence[int],
+    x: Part,
+    y: Part,
     keep: Sequence[int],
+    *,
+    axes: tuple[jax.sharding.Mesh, Mapping[int, Any]] | None = None,
     **params: Any,
-) -> tuple[jax.Array, tuple[int, ...]]:
-    """One dot_general over the shared labels that are not kept; the result and its labels.
+) -> Part:
+    """One dot_general over the shared labels that are not kept.
 
-    Shared labels that are kept become batch dimensions. `params` go to `lax.dot_general`.
+    Shared labels that are kept become batch dimensions. `axes` says how the result is sharded, where its type must say:
+    the mesh, and each label's axes. `params` go to `lax.dot_general`.
     """
-    shared = [n for n in x_labels if n in y_labels]
+    shared = [n for n in x.labels if n in y.labels]
     batch = [n for n in shared if n in keep]
     summed = [n for n in shared if n not in keep]
     numbers = (
-        ([x_labels.index(n) for n in summed], [y_labels.index(n) for n in summed]),
-        ([x_labels.index(n) for n in batch], [y_labels.index(n) for n in batch]),
+        ([x.labels.index(n) for n in summed], [y.labels.index(n) for n in summed]),
+        ([x.labels.index(n) for n in batch], [y.labels.index(n) for n in batch]),
     )
-    rest = [n for n in (*x_labels, *y_labels) if n not in shared]
-    return lax.dot_general(x, y, numbers, **params), (*batch, *rest)
+    labels = (*batch, *(n for n in (*x.labels, *y.labels) if n not in shared))
+    if axes is not None:
+        mesh, of = axes
+        params["out_sharding"] = jax.NamedSharding(mesh, jax.P(*(of.get(n) for n in labels)))
+    return Part(lax.dot_general(x.array, y.array, numbers, **params), labels)
 
 
-def arrange(x: jax.Array, labels: Sequence[int], wanted: Sequence[int]) -> jax.Array:
-    """x with its axes in the wanted order."""
-    if tuple(labels) == tuple(wanted):
-        return x
-    return lax.transpose(x, [labels.index(n) for n in wanted])
+def spread(part: Part, labels: Sequence[int]) -> jax.Array:
+    """A part with an axis for each of the labels, of size 1 for those it lacks: for broadcasting."""
+    ordered = part.arrange([n for n in labels if n in part.labels])
+    return lax.expand_dims(ordered, [i for i, n in enumerate(labels) if n not in part.labels])
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes that x varies over, inside a shard_map that tracks them."""
+    kind: Any = jax.typeof(x)  # jax before 0.10 says `vma`
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def transpose(view: View, permutation: Sequence[int]) -> View:
@@ -123,42 +192,30 @@ def cast(view: View, dtype: jnp.dtype) -> View:
     return dataclasses.replace(view, w=view.w.astype(dtype))
 
 
-def scaled(view: View, factor: jax.Array) -> View:
-    """W times a scalar."""
-    return dataclasses.replace(view, w=view.w * factor, b=view.b * factor.astype(view.b.dtype))
+def scaled(view: View, by: Callable[[jax.Array], jax.Array]) -> View:
+    """W times a number: by(array) multiplies one."""
+    b = Part(by(view.b.array).astype(view.b.array.dtype), view.b.labels)
+    return dataclasses.replace(view, w=by(view.w), b=b)
 
 
 def squeeze(view: View, axes: Sequence[int]) -> View:
     """W without some axes of size 1."""
     axes = sorted(axes)
     gone = {view.labels[i] for i in axes}
-    drop = lambda labels: tuple(n for n in labels if n not in gone)  # noqa: E731
-    where = lambda labels: [i for i, n in enumerate(labels) if n in gone]  # noqa: E731
-    return dataclasses.replace(
-        view,
-        w=lax.squeeze(view.w, axes),
-        a=lax.squeeze(view.a, where(view.a_labels)),
-        b=lax.squeeze(view.b, where(view.b_labels)),
-        labels=drop(view.labels),
-        a_labels=drop(view.a_labels),
-        b_labels=drop(view.b_labels),
-    )
+    view = view.each(lambda part: part.drop(gone))
+    labels = tuple(n for n in view.labels if n not in gone)
+    return dataclasses.replace(view, w=lax.squeeze(view.w, axes), labels=labels)
 
 
 def expand(view: View, axes: Sequence[int]) -> View:
     """W with new axes of size 1 at these places of the result. A carries them: size 1 mixes nothing."""
     axes = sorted(axes)
-    new = {axis: next(_fresh) for axis in axes}
+    new = {axis: fresh() for axis in axes}
     labels = list(view.labels)
     for axis in axes:
         labels.insert(axis, new[axis])
-    return dataclasses.replace(
-        view,
-        w=lax.expand_dims(view.w, axes),
-        a=lax.expand_dims(view.a, range(len(axes))),
-        labels=tuple(labels),
-        a_labels=(*new.values(), *view.a_labels),
-    )
+    a = Part(lax.expand_dims(view.a.array, range(len(axes))), (*new.values(), *view.a.labels))
+    return dataclasses.replace(view, w=lax.expand_dims(view.w, axes), a=a, labels=tuple(labels))
 
 
 def slice_axes(
@@ -166,7 +223,10 @@ def slice_axes(
 ) -> View:
     """The view of `w`, a slice of W; cut(array, its axis, W's axis) slices one axis of a factor."""
     for i in axes:
-        view = view.map(view.labels[i], lambda x, axis, i=i: cut(x, axis, i))
+        label = view.labels[i]
+        view = view.each(
+            lambda part, i=i, label=label: part.map(label, lambda x, axis: cut(x, axis, i))
+        )
     return dataclasses.replace(view, w=w)
 
 
@@ -182,39 +242,17 @@ def reshape(view: View, sizes: Sequence[int]) -> View:
     labels: list[int] = []
     for old_axes, group in groups(view.w.shape, new_sizes):
         old = [view.labels[i] for i in old_axes]
-        carriers = {(n in view.a_labels, n in view.b_labels) for n in old}
-        if len(carriers) > 1:
+        if len({(n in view.a.labels, n in view.b.labels) for n in old}) > 1:
             raise Mixed
         if len(old) == 1 and len(group) == 1:
             labels += old
             continue
-        new = tuple(next(_fresh) for _ in group)
-        view = dataclasses.replace(
-            view,
-            **_regroup("a", view.a, view.a_labels, old, new, group),
-            **_regroup("b", view.b, view.b_labels, old, new, group),
-        )
+        new = tuple(fresh() for _ in group)
+        view = view.each(lambda part, old=old, new=new, to=group: part.regroup(old, new, to))
         labels += new
     view = dataclasses.replace(view, w=lax.reshape(w, new_sizes), labels=tuple(labels))
     ones = [i for i, n in enumerate(sizes) if n == 1]
     return dataclasses.replace(expand(view, ones) if ones else view, w=w)
-
-
-def _regroup(
-    name: str,
-    x: jax.Array,
-    labels: tuple[int, ...],
-    old: list[int],
-    new: tuple[int, ...],
-    sizes: list[int],
-) -> dict[str, object]:
-    """A factor whose axes `old` are brought together and reshaped into `sizes`."""
-    if old[0] not in labels:
-        return {}
-    rest = [n for n in labels if n not in old]
-    x = arrange(x, labels, (*rest, *old))
-    x = lax.reshape(x, (*x.shape[: len(rest)], *sizes))
-    return {name: x, f"{name}_labels": (*rest, *new)}
 
 
 def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

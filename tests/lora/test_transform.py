@@ -214,7 +214,7 @@ def check_equal(f: Callable, g: Callable, params: Any, adapters: Any, *args: Any
     wide = jax.tree.map(lambda w: w.astype("float64"), params)
 
     def merged(adapters: Any, *args: Any) -> Any:
-        return summed(f, lora.merge(wide, adapters), *args)
+        return summed(f, lora.add(wide, adapters), *args)
 
     def mine(adapters: Any, *args: Any) -> Any:
         return summed(g, params, adapters, *args)
@@ -234,7 +234,7 @@ def test_equals_the_merged_function(name: str, mode: str, x64: None) -> None:
     case = FACTORED[name]
     params, adapters, x = case.make()
     g = lora.transform(case.f, mode=mode)
-    got, want = g(params, adapters, x), case.f(lora.merge(params, adapters), x)
+    got, want = g(params, adapters, x), case.f(lora.add(params, adapters), x)
     if case.dtype == "float64":
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=RTOL, atol=ATOL), got, want)
     if case.reverse:
@@ -264,7 +264,7 @@ def test_20_no_gradient_of_the_weights_shape(name: str, x64: None) -> None:
 
     g = lora.transform(case.f)
     assert not products(lambda a: summed(g, params, a, x))
-    assert products(lambda a: summed(case.f, lora.merge(params, a), x)), "merged, there is one"
+    assert products(lambda a: summed(case.f, lora.add(params, a), x)), "merged, there is one"
 
 
 def test_merged_mode_has_no_gradient_of_the_weights_shape(x64: None) -> None:
@@ -286,7 +286,7 @@ def test_hessian_vector_product_of_the_factored_mode(x64: None) -> None:
         return jax.jvp(jax.grad(loss), (adapters,), (jax.tree.map(jnp.cos, adapters),))[1]
 
     got = hvp(lambda a: summed(g, params, a, x))
-    want = hvp(lambda a: summed(indexed, lora.merge(params, a), x))
+    want = hvp(lambda a: summed(indexed, lora.add(params, a), x))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10), got, want)
 
 
@@ -295,7 +295,7 @@ def test_while_carry_has_a_forward_derivative(x64: None) -> None:
     g = lora.transform(while_carry)
     tangent = (jax.tree.map(jnp.cos, adapters),)
     got = jax.jvp(lambda a: summed(g, params, a, x), (adapters,), tangent)
-    want = jax.jvp(lambda a: summed(while_carry, lora.merge(params, a), x), (adapters,), tangent)
+    want = jax.jvp(lambda a: summed(while_carry, lora.add(params, a), x), (adapters,), tangent)
     np.testing.assert_allclose(got, want, rtol=RTOL)
 
 
@@ -387,7 +387,7 @@ def test_16_vmap_over_adapters_leaves_the_base_unbatched(mode: str, x64: None) -
     some = [jax.tree.map(lambda a, i=i: a + i, random_adapters(params)) for i in range(3)]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *some)
     g = jax.vmap(lora.transform(f, mode=mode), in_axes=(None, 0, None))
-    want = jnp.stack([f(lora.merge(params, a), x) for a in some])
+    want = jnp.stack([f(lora.add(params, a), x) for a in some])
     np.testing.assert_allclose(g(params, stack, x), want, rtol=RTOL)
     if mode == "factored":
         jaxpr = jax.make_jaxpr(g)(params, stack, x).jaxpr
@@ -400,9 +400,7 @@ def test_18_stop_gradient(x64: None) -> None:
     adapters = random_adapters(params)
     f = lambda p, x: x @ lax.stop_gradient(p["w"])  # noqa: E731
     g = lora.transform(f)
-    np.testing.assert_allclose(
-        g(params, adapters, x), f(lora.merge(params, adapters), x), rtol=RTOL
-    )
+    np.testing.assert_allclose(g(params, adapters, x), f(lora.add(params, adapters), x), rtol=RTOL)
     grads = jax.grad(lambda a: summed(g, params, a, x))(adapters)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
 
@@ -486,7 +484,7 @@ def test_factors_of_another_shape_are_refused() -> None:
 def test_a_pattern_without_leaves_and_an_unknown_mode_are_refused() -> None:
     with pytest.raises(errors.UserError, match="lora.targets='v' matches no parameter.*w"):
         lora.init(lora.Spec(targets="v"), {"w": jnp.ones((5, 7))}, key=jax.random.key(0))
-    with pytest.raises(errors.UserError, match="factored, merged"):
+    with pytest.raises(errors.UserError, match="factored, hidden, merged"):
         lora.transform(lambda p: p, mode="fast")
 
 

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The products that consume an adapted weight: dot_general, ragged_dot_general, and gather of rows."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jft.lora import emit, views
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dot:
+    """The labels and parameters of one dot_general with W.
+
+    Attributes:
+      x_labels: of the other operand; its own are negative.
+      y_labels: of the result.
+      b_first: whether B meets x before A does.
+      params: precision and the like of the equation.
+      view: W and its factors; the arrays are taken from elsewhere.
+    """
+
+    x_labels: tuple[int, ...]
+    y_labels: tuple[int, ...]
+    b_first: bool
+    params: Mapping[str, Any]
+    view: views.View
+
+    def order(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Two things that belong to A and B, the one that meets x first in front."""
+        return (b, a) if self.b_first else (a, b)
+
+    def parts(
+        self, x: jax.Array, a: jax.Array, b: jax.Array
+    ) -> tuple[views.Part, views.Part, views.Part]:
+        """x, the factor that meets it and the other one, in the dtype of the product."""
+        dtype = jnp.promote_types(x.dtype, self.view.w.dtype)
+        first, second = self.order(
+            views.Part(a.astype(dtype), self.view.a.labels),
+            views.Part(b.astype(dtype), self.view.b.labels),
+        )
+        return views.Part(x.astype(dtype), self.x_labels), first, second
+
+    def thin(self, x: views.Part, first: views.Part, second: views.Part) -> views.Part:
+        """scale * x times the factor that meets it first; RANK is among its labels."""
+        keep = (*self.y_labels, views.RANK, *second.labels)
+        axes = _axes(x, first) if self.params["out_sharding"] is not None else None
+        thin = views.contract(x, first, keep, axes=axes, precision=self.params["precision"])
+        return views.Part(self.view.scale * thin.array, thin.labels)
+
+    def low(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """scale * (x A) B with the dimension order of the dot_general."""
+        part, first, second = self.parts(x, a, b)
+        out = self.params["out_sharding"]
+        out = views.contract(
+            self.thin(part, first, second),
+            second,
+            self.y_labels,
+            axes=None
+            if out is None
+            else (out.mesh, dict(zip(self.y_labels, out.spec, strict=False))),
+            precision=self.params["precision"],
+            preferred_element_type=self.params["preferred_element_type"],
+        )
+        return out.arrange(self.y_labels)
+
+    def pullback(
+        self, x: jax.Array, a: jax.Array, b: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gradients of A and B, given the gradient g of the product.
+
+        Automatic differentiation would put the wide operand first in each of these products, and XLA on CPU would
+        copy it transposed: 15 % of a step. Here the thin operand stands first, and only it is turned.
+        """
+        part, first, second = self.parts(x, a, b)
+        wide = views.Part(g.astype(part.array.dtype), self.y_labels)
+        contract = functools.partial(views.contract, precision=self.params["precision"])
+        thin = self.thin(part, first, second)
+        d_second = contract(thin, wide, second.labels).arrange(second.labels)
+        g_thin = contract(wide, second, (*thin.labels, *first.labels))
+        g_thin = views.Part(self.view.scale * g_thin.array, g_thin.labels)
+        d_first = contract(g_thin, part, first.labels).arrange(first.labels)
+        d_a, d_b = self.order(d_first, d_second)
+        return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+def _axes(x: views.Part, first: views.Part) -> tuple[Any, dict[int, Any]]:
+    """The mesh, and over which of its axes each label's dimension is sharded."""
+    axes: dict[int, Any] = {}
+    for part in (first, x):
+        sharding = jax.typeof(part.array).sharding
+        axes.update(zip(part.labels, sharding.spec, strict=True))
+    return sharding.mesh, axes
+
+
+def dot(view: views.View, ndim: int, w_on_left: bool, params: dict[str, Any]) -> emit.Product:
+    """`dot_general` of W and an operand with `ndim` dimensions."""
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    if w_on_left:
+        left, right, left_batch, right_batch = right, left, right_batch, left_batch
+    x_labels = [-1 - i for i in range(ndim)]
+    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+        x_labels[i] = view.labels[j]
+    summed = {view.labels[j] for j in right}
+    batch = [view.labels[j] for j in right_batch]
+    x_rest = [n for n in x_labels if n not in summed and n not in batch]
+    w_rest = [n for n in view.labels if n not in summed and n not in batch]
+    y_labels = (*batch, *w_rest, *x_rest) if w_on_left else (*batch, *x_rest, *w_rest)
+    b_first = not summed & set(view.a.labels)
+    one = _Dot(tuple(x_labels), y_labels, b_first, params, view)
+    plain = functools.partial(lax.dot_general, **params)
+    base = (lambda x, w: plain(w, x)) if w_on_left else plain
+    return emit.Product(base, one.low, one.pullback, one.x_labels, one.y_labels)
+
+
+def ragged(
+    view: views.View, ndim: int, sizes: jax.Array, params: dict[str, Any]
+) -> emit.Product | None:
+    """`ragged_dot_general` with W as its right operand and one group for each of a batch dimension of W's.
+
+    None for the other kinds: rows are ragged, not the contracted dimension.
+    """
+    numbers = params["ragged_dot_dimension_numbers"]
+    (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    if len(numbers.rhs_group_dimensions) != 1 or params["group_offset"] is not None:
+        return None
+    group = view.labels[numbers.rhs_group_dimensions[0]]
+    (rows,) = numbers.lhs_ragged_dimensions
+    if group not in view.a.labels or group not in view.b.labels or rows in left:
+        return None
+    x_labels = [-1 - i for i in range(ndim)]
+    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+        x_labels[i] = view.labels[j]
+    summed = {view.labels[j] for j in right}
+    batch = [view.labels[j] for j in right_batch]
+    rest = [n for n in (*x_labels, *view.labels) if n not in summed and n not in batch]
+    y_labels = (*batch, *(n for n in rest if n != group))
+    b_first = not summed & set(view.a.labels)
+    row_label = x_labels[rows]
+    options = {k: params[k] for k in ("precision", "preferred_element_type")}
+
+    def times(x: views.Part, factor: views.Part) -> views.Part:
+        shared = [n for n in x.labels if n in factor.labels]
+        inner = [n for n in shared if n not in batch]
+        where = lambda part, labels: [part.labels.index(n) for n in labels]  # noqa: E731
+        dims = lax.RaggedDotDimensionNumbers(
+            ((where(x, inner), where(factor, inner)), (where(x, batch), where(factor, batch))),
+            [x.labels.index(row_label)],
+            [factor.labels.index(group)],
+        )
+        y = lax.ragged_dot_general(x.array, factor.array, sizes, dims, **options)
+        left_over = [n for n in (*x.labels, *factor.labels) if n not in shared and n != group]
+        return views.Part(y, (*batch, *left_over))
+
+    def low(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(x.dtype, view.w.dtype)
+        factors = [
+            views.Part(a.astype(dtype), view.a.labels),
+            views.Part(b.astype(dtype), view.b.labels),
+        ]
+        first, second = factors[::-1] if b_first else factors
+        thin = times(views.Part(x.astype(dtype), tuple(x_labels)), first)
+        thin = views.Part((view.scale * thin.array).astype(dtype), thin.labels)
+        return times(thin, second).arrange(y_labels)
+
+    def base(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.ragged_dot_general(x, w, sizes, numbers, **options)
+
+    return emit.Product(base, low, None, tuple(x_labels), y_labels)
+
+
+_GATHER = (
+    "dimension_numbers",
+    "slice_sizes",
+    "unique_indices",
+    "indices_are_sorted",
+    "mode",
+    "fill_value",
+)
+
+
+def gather(
+    indices: jax.Array, view: views.View, params: dict[str, Any]
+) -> jax.Array | views.View | None:
+    """W's slices at indices along one dimension.
+
+    An array for rows of a table (an embedding lookup), a view for members of a batch (experts chosen per token), None
+    where the gather is of another kind.
+    """
+    numbers = params["dimension_numbers"]
+    if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
+        return None
+    (axis,) = numbers.collapsed_slice_dims
+    sizes = zip(params["slice_sizes"], view.w.shape, strict=True)
+    whole = all(n == m for i, (n, m) in enumerate(sizes) if i != axis)
+    if tuple(numbers.start_index_map) != (axis,) or not whole:
+        return None
+    w = lax.gather(view.w, indices, **{k: params[k] for k in _GATHER})
+    row = view.labels[axis]
+    index_labels = tuple(views.fresh() for _ in range(indices.ndim - 1))
+    offset, index = iter([n for n in view.labels if n != row]), iter(index_labels)
+    labels = tuple(next(offset) if i in numbers.offset_dims else next(index) for i in range(w.ndim))
+    taken = view.each(lambda part: _rows(part, row, indices, index_labels, params["mode"]))
+    taken = dataclasses.replace(taken, w=w, labels=labels)
+    if row in view.a.labels and row in view.b.labels:
+        return taken
+    return taken.merged()
+
+
+def _rows(
+    part: views.Part, row: int, indices: jax.Array, index_labels: Sequence[int], mode: Any
+) -> views.Part:
+    """The same slices of a factor."""
+    if row not in part.labels:
+        return part
+    moved = jnp.moveaxis(part.array, part.labels.index(row), 0)
+    at = indices.ndim - 1
+    numbers = lax.GatherDimensionNumbers(tuple(range(at, at + moved.ndim - 1)), (0,), (0,))
+    # Out of bounds rows are `fill_value` in the base's rows; the update must not add to them.
+    sizes = (1, *moved.shape[1:])
+    array = lax.gather(moved, indices, numbers, slice_sizes=sizes, mode=mode, fill_value=0)
+    return views.Part(array, (*index_labels, *(n for n in part.labels if n != row)))
