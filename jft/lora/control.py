@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Control flow around adapted weights, rebuilt with the public combinators: views go in as pytrees.
 
-A view never comes out of a loop or a branch: what is only passed on is taken from outside instead, so that NNX, which
-returns its parameters from everything, materialises nothing.
+A view does not come out of a loop: what is only passed on is taken from outside instead, so that NNX, which returns
+its parameters from everything, materialises nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
-from jax.extend import core
 
 from jft.lora import rules, views
 
@@ -21,21 +21,36 @@ def _inline(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
 
 
 def _remat(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
-    jaxpr = eqn.params["jaxpr"]
-    body = lambda *args: interpreter.run(jaxpr, (), args)  # noqa: E731
+    passed: dict[int, int] = {}
+
+    def body(*args: Any) -> list[Any]:
+        out = interpreter.run(eqn.params["jaxpr"], (), args)
+        passed.update(_passed_on(args, out))
+        return [None if i in passed else x for i, x in enumerate(out)]
+
     out = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(
         *inputs
     )
-    return _forwarded(jaxpr, inputs, out)
+    return [inputs[passed[i]] if i in passed else x for i, x in enumerate(out)]
 
 
-def _forwarded(jaxpr: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-    """The outputs, with those that are just an input taken from outside (a view must not pass through)."""
-    given = dict(zip(jaxpr.invars, inputs, strict=True))
-    return [
-        given.get(v, out) if not isinstance(v, core.Literal) else out
-        for v, out in zip(jaxpr.outvars, outputs, strict=True)
-    ]
+def _passed_on(args: Sequence[Any], outputs: Sequence[Any]) -> dict[int, int]:
+    """{output: argument} of the views that come out as they went in, through however many functions within."""
+    given = {id(x): i for i, x in enumerate(args) if isinstance(x, views.View)}
+    return {i: given[id(y)] for i, y in enumerate(outputs) if id(y) in given}
+
+
+def _check_carry(before: Sequence[Any], after: Sequence[Any]) -> None:
+    """Raises Mixed for a view in the carry that does not come back as it went in: only then is it a constant."""
+    for x, y in zip(before, after, strict=True):
+        if (isinstance(x, views.View) or isinstance(y, views.View)) and x is not y:
+            raise views.Mixed
+
+
+def _fill(fixed: Mapping[int, Any], looped: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """The list of the values that stand still and of those that loop, each at its place."""
+    full = {**fixed, **dict(zip(looped, values, strict=True))}
+    return [full[i] for i in range(len(full))]
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -46,31 +61,30 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(list(consts.vals)), len(list(carry.vals))
 
 
-def _scan(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
-    params, jaxpr = eqn.params, eqn.params["jaxpr"].jaxpr
+def _scan(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
+    params = eqn.params
     n_consts, n_carry = scan_counts(params)
     first_x = n_consts + n_carry
-    is_view = [isinstance(x, views.View) for x in inputs]
-    for i in range(n_carry):  # a view in the carry must come back unchanged: then it is a constant
-        if is_view[n_consts + i] and jaxpr.outvars[i] is not jaxpr.invars[n_consts + i]:
-            return None
-    looped = [i for i in range(n_consts, first_x) if not is_view[i]]
+    carried = range(n_consts, first_x)
+    looped = [i for i in carried if not isinstance(inputs[i], views.View)]
     fixed = {i: inputs[i] for i in range(first_x) if i not in looped}
     xs = [_scanned(x) for x in inputs[first_x:]]
     keys = interpreter.split_key(params["length"])
+    passed: dict[int, int] = {}
 
     def body(carry: Any, x: Any) -> tuple[Any, Any]:
         x, key = x
-        args = [fixed.get(i) for i in range(first_x)]
-        for i, value in zip(looped, carry, strict=True):
-            args[i] = value
+        args = _fill(fixed, looped, carry)
         args += [join(part) for part, (_, join) in zip(x, xs, strict=True)]
         with interpreter.keyed(key):
             out = interpreter.closed(params["jaxpr"], args)
+        _check_carry(args[n_consts:first_x], out[:n_carry])
+        passed.update(_passed_on(args, out))
+        for i, y in enumerate(out[n_carry:], n_carry):
+            if isinstance(y, views.View) and passed.get(i, -1) < first_x:
+                raise views.Mixed  # made inside, or a constant stacked: it has no outside
         carry = [out[i - n_consts] for i in looped]
-        # What is only passed on is taken from outside afterwards; a view made inside has no outside.
-        ys = [None if isinstance(y, views.View) else y for y in out[n_carry:]]
-        return carry, ys
+        return carry, [None if i in passed else out[i] for i in range(n_carry, len(out))]
 
     carry, ys = lax.scan(
         body,
@@ -80,14 +94,8 @@ def _scan(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    done = dict(zip(looped, carry, strict=True))
-    out = [done.get(i, fixed.get(i)) for i in range(n_consts, first_x)]
-    given = dict(zip(jaxpr.invars[first_x:], inputs[first_x:], strict=True))
-    for variable, y in zip(jaxpr.outvars[n_carry:], ys, strict=True):
-        if y is None and variable not in given:
-            return None
-        out.append(given[variable] if y is None else y)
-    return out
+    out = _fill(fixed, looped, carry)[n_consts:] + ys
+    return [inputs[passed[i]] if i in passed else x for i, x in enumerate(out)]
 
 
 def _scanned(x: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -112,69 +120,65 @@ def _scanned(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     return moving, join
 
 
-def _while(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+def _while(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = inputs[:n_cond], inputs[n_cond : n_cond + n_body]
     carry = inputs[n_cond + n_body :]
-    jaxpr = params["body_jaxpr"].jaxpr
     fixed = {i: x for i, x in enumerate(carry) if isinstance(x, views.View)}
-    if any(jaxpr.outvars[i] is not jaxpr.invars[n_body + i] for i in fixed):
-        return None
     looped = [i for i in range(len(carry)) if i not in fixed]
     key = interpreter.split_key(None)
 
-    def full(values: Sequence[Any]) -> list[Any]:
-        args = [fixed.get(i) for i in range(len(carry))]
-        for i, value in zip(looped, values, strict=True):
-            args[i] = value
-        return args
-
     def cond(state: Any) -> Any:
         _, values = state
-        return interpreter.closed(params["cond_jaxpr"], [*cond_consts, *full(values)])[0]
+        args = [*cond_consts, *_fill(fixed, looped, values)]
+        return interpreter.closed(params["cond_jaxpr"], args)[0]
 
     def body(state: Any) -> Any:
         key, values = state  # the key is None without dropout
         if key is not None:
             key, step_key = jax.random.split(key)
+        args = _fill(fixed, looped, values)
         with interpreter.keyed(None if key is None else step_key):
-            out = interpreter.closed(params["body_jaxpr"], [*body_consts, *full(values)])
+            out = interpreter.closed(params["body_jaxpr"], [*body_consts, *args])
+        _check_carry(args, out)
         return key, [out[i] for i in looped]
 
     _, values = lax.while_loop(cond, body, (key, [carry[i] for i in looped]))
-    return full(values)
+    return _fill(fixed, looped, values)
 
 
-def _cond(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+def _cond(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
     index, *operands = inputs
-    branches = eqn.params["branches"]
-    if any(isinstance(x, views.View) for x in _passed_on(branches, operands)):
-        return None
-    calls = [lambda args, branch=branch: interpreter.closed(branch, args) for branch in branches]
-    return lax.switch(index, calls, operands)
+    passed: list[dict[int, int]] = []
+    structures: list[Any] = []
+
+    def call(branch: Any, args: Sequence[Any]) -> list[Any]:
+        out = interpreter.closed(branch, args)
+        passed.append(_passed_on(args, out))
+        out = [None if i in passed[-1] else x for i, x in enumerate(out)]
+        structures.append(jax.tree.structure(out))
+        if passed[-1] != passed[0] or structures[-1] != structures[0]:
+            raise views.Mixed  # the branches' views differ: one is W, the other 0 * W or V
+        return out
+
+    calls = [functools.partial(call, branch) for branch in eqn.params["branches"]]
+    out = lax.switch(index, calls, operands)
+    return [operands[passed[0][i]] if i in passed[0] else x for i, x in enumerate(out)]
 
 
-def _passed_on(branches: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
-    """Operands that some branch returns as they are."""
-    out = []
-    for branch in branches:
-        given = dict(zip(branch.jaxpr.invars, operands, strict=True))
-        out += [given.get(v) for v in branch.jaxpr.outvars if not isinstance(v, core.Literal)]
-    return out
-
-
-def _shard_map(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+def _shard_map(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
     """Each device gets the blocks of the factors that belong to its block of W."""
-    params, jaxpr = eqn.params, eqn.params["jaxpr"]
-    if any(isinstance(x, views.View) for x in _forwarded(jaxpr, inputs, jaxpr.outvars)):
-        return None
+    params = eqn.params
     in_specs = [_specs(x, spec) for x, spec in zip(inputs, params["in_specs"], strict=True)]
     key = interpreter.split_key(None)
 
     def body(key: Any, *args: Any) -> list[Any]:
         with interpreter.keyed(key), interpreter.manual(checked=params["check_vma"]):
-            return interpreter.run(jaxpr, (), args)
+            out = interpreter.run(params["jaxpr"], (), args)
+        if any(isinstance(y, views.View) for y in out):
+            raise views.Mixed
+        return out
 
     return jax.shard_map(
         body,

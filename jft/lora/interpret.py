@@ -106,7 +106,7 @@ class Interpreter:
         if not any(isinstance(x, views.View) for x in inputs):
             return self.plain(eqn, inputs)
         rule = RULES.get(eqn.primitive.name)
-        debug_info = self.debug_info
+        debug_info, noted = self.debug_info, len(self.uses)
         self.places.append(source_info_util.summarize(eqn.source_info))
         try:
             outputs = rule(self, eqn, inputs) if rule else None
@@ -114,6 +114,7 @@ class Interpreter:
             outputs = None
         self.debug_info = debug_info
         if outputs is None:
+            del self.uses[noted:]  # those within, which come to nothing
             full = [self.materialize(x, eqn) if isinstance(x, views.View) else x for x in inputs]
             outputs = self.plain(eqn, full)
         self.places.pop()

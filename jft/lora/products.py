@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -184,44 +184,75 @@ _GATHER = (
 )
 
 
-def gather(
-    indices: jax.Array, view: views.View, params: dict[str, Any]
-) -> jax.Array | views.View | None:
-    """W's slices at indices along one dimension.
-
-    An array for rows of a table (an embedding lookup), a view for members of a batch (experts chosen per token), None
-    where the gather is of another kind.
-    """
-    numbers = params["dimension_numbers"]
-    if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
-        return None
-    (axis,) = numbers.collapsed_slice_dims
-    sizes = zip(params["slice_sizes"], view.w.shape, strict=True)
-    whole = all(n == m for i, (n, m) in enumerate(sizes) if i != axis)
-    if tuple(numbers.start_index_map) != (axis,) or not whole:
-        return None
-    w = lax.gather(view.w, indices, **{k: params[k] for k in _GATHER})
-    row = view.labels[axis]
+def gather(indices: jax.Array, view: views.View, params: dict[str, Any]) -> jax.Array | views.View:
+    """W's slices at indices: an array, as for rows of a table (an embedding lookup), or a view where only batch
+    dimensions are indexed (experts chosen per token)."""
+    numbers, moving = params["dimension_numbers"], _moving(view, params)
     index_labels = tuple(views.fresh() for _ in range(indices.ndim - 1))
-    offset, index = iter([n for n in view.labels if n != row]), iter(index_labels)
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    offset, index = (
+        iter([n for i, n in enumerate(view.labels) if i not in gone]),
+        iter(index_labels),
+    )
+    w = lax.gather(view.w, indices, **{k: params[k] for k in _GATHER})
     labels = tuple(next(offset) if i in numbers.offset_dims else next(index) for i in range(w.ndim))
-    taken = view.each(lambda part: _rows(part, row, indices, index_labels, params["mode"]))
+    taken = view.each(lambda part: _places(part, view, indices, moving, index_labels, params))
     taken = dataclasses.replace(taken, w=w, labels=labels)
-    if row in view.a.labels and row in view.b.labels:
+    if all(view.labels[i] in view.a.labels and view.labels[i] in view.b.labels for i in moving):
         return taken
     return taken.merged()
 
 
-def _rows(
-    part: views.Part, row: int, indices: jax.Array, index_labels: Sequence[int], mode: Any
+def _moving(view: views.View, params: dict[str, Any]) -> set[int]:
+    """The dimensions of W along which the gather chooses.
+
+    One that is taken whole has only one place to start, also where it is given an index: the batching rule of a
+    dynamic slice gives one to every dimension.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    bounded = params["mode"] != lax.GatherScatterMode.FILL_OR_DROP  # there any index can leave W
+    whole = {i for i, n in enumerate(view.w.shape) if sizes[i] == n and bounded}
+    indexed = set(numbers.start_index_map)
+    # Where nothing can move, one dimension stands for all.
+    return (indexed - whole or set(sorted(indexed)[:1])) | set(numbers.operand_batching_dims)
+
+
+def _places(
+    part: views.Part,
+    view: views.View,
+    indices: jax.Array,
+    moving: set[int],
+    index_labels: tuple[int, ...],
+    params: dict[str, Any],
 ) -> views.Part:
-    """The same slices of a factor."""
-    if row not in part.labels:
-        return part
-    moved = jnp.moveaxis(part.array, part.labels.index(row), 0)
-    at = indices.ndim - 1
-    numbers = lax.GatherDimensionNumbers(tuple(range(at, at + moved.ndim - 1)), (0,), (0,))
-    # Out of bounds rows are `fill_value` in the base's rows; the update must not add to them.
-    sizes = (1, *moved.shape[1:])
-    array = lax.gather(moved, indices, numbers, slice_sizes=sizes, mode=mode, fill_value=0)
-    return views.Part(array, (*index_labels, *(n for n in part.labels if n != row)))
+    """The same slices of a factor, with the labels of the indices if it has one of the moving dimensions."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    at = {i: part.labels.index(n) for i, n in enumerate(view.labels) if n in part.labels}
+    columns = [c for c, i in enumerate(numbers.start_index_map) if i in moving and i in at]
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    batching = sorted((at[i], j) for i, j in pairs if i in at)
+    collapsed = sorted(at[i] for i in numbers.collapsed_slice_dims if i in at)
+    if not columns and not batching:
+        return part.drop({part.labels[i] for i in collapsed})
+    gone = {*collapsed, *(i for i, _ in batching)}
+    rest = [n for i, n in enumerate(part.labels) if i not in gone]
+    slice_sizes = list(part.array.shape)
+    for i, j in at.items():
+        slice_sizes[j] = sizes[i]
+    first = len(index_labels)
+    array = lax.gather(
+        part.array,
+        jnp.concatenate([indices[..., c : c + 1] for c in columns] or [indices[..., :0]], axis=-1),
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(first, first + len(rest))),
+            collapsed_slice_dims=tuple(collapsed),
+            start_index_map=tuple(at[numbers.start_index_map[c]] for c in columns),
+            operand_batching_dims=tuple(i for i, _ in batching),
+            start_indices_batching_dims=tuple(j for _, j in batching),
+        ),
+        slice_sizes=slice_sizes,
+        mode=params["mode"],
+        # Out of bounds the base's slices are `fill_value`: the update must not add to it, nor the gain change it.
+        fill_value=1 if part is view.gain else 0,
+    )
+    return views.Part(array, (*index_labels, *rest))

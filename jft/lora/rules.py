@@ -203,13 +203,9 @@ def _consume(
     return [y]
 
 
-def _gather(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+def _gather(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
     view, indices = inputs
-    if not isinstance(view, views.View):
-        return None
     out = products.gather(indices, view, eqn.params)
-    if out is None:
-        return None
     if not isinstance(out, views.View):
         interpreter.note(view, eqn, factored=True)
     return [out]
