@@ -18,6 +18,16 @@ from jft import errors
 Rules = Sequence[tuple[str, Any]]
 
 
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf is a quantised array (`jft.quant.QArray` and the like): one leaf, whatever it is made of."""
+    return hasattr(leaf, "dequantize")
+
+
+def dense(leaf: Any) -> Any:
+    """The values of a leaf, dequantised if need be."""
+    return leaf.dequantize() if is_quantized(leaf) else leaf
+
+
 def name(path: Sequence[Any]) -> str:
     """The path of one leaf as `jax.tree_util` gives it, as a name."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
@@ -25,7 +35,8 @@ def name(path: Sequence[Any]) -> str:
 
 def flatten(tree: Any) -> dict[str, Any]:
     """{path name: leaf}, in tree order."""
-    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+    return {name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +53,8 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
 
 def replace(tree: Any, leaves: dict[str, Any]) -> Any:
     """The tree with the named leaves replaced."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: leaves.get(name(path), x), tree)
+    new = lambda path, x: leaves.get(name(path), x)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(new, tree, is_leaf=is_quantized)
 
 
 def match(pattern: str, paths: Iterable[str], what: str) -> list[str]:
@@ -71,8 +83,8 @@ def lookup(rules: Rules, path: str) -> Any | None:
 
 
 def size(tree: Any) -> int:
-    """Number of elements in all leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Number of elements in all leaves; of a quantised one, of the array it stands for."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
 def nbytes(tree: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jft.lora import rules, views
+from jft.lora import packed, rules, views
 
 
 def _inline(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
@@ -103,7 +103,10 @@ def _scanned(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     if not isinstance(x, views.View):
         return x, lambda part: part
     label = x.labels[0]
-    moving: dict[str, Any] = {"w": x.w}
+    if isinstance(x.w, packed.Packed) and x.w.steps:
+        x = dataclasses.replace(x, w=x.w.dense())
+    is_packed = isinstance(x.w, packed.Packed)
+    moving: dict[str, Any] = {"w": x.w.leaf if is_packed else x.w}
     for name in ("a", "b", "gain"):
         part = getattr(x, name)
         if part is not None and label in part.labels:
@@ -115,7 +118,8 @@ def _scanned(x: Any) -> tuple[Any, Callable[[Any], Any]]:
             for name in step
             if name != "w"
         }
-        return dataclasses.replace(x, w=step["w"], labels=x.labels[1:], **parts)
+        w = packed.cast(packed.pack(step["w"]), x.w.dtype) if is_packed else step["w"]
+        return dataclasses.replace(x, w=w, labels=x.labels[1:], **parts)
 
     return moving, join
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jft import tree
 from jft.lora import layouts
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ def gain(w: jax.Array, factors: "spec.Factors") -> jax.Array:
 
 def norms(w: jax.Array, a: jax.Array, b: jax.Array, scale: float, layout: str) -> jax.Array:
     """|W + scale * A B| over the inputs, [*batch, *outputs], in the factors' dtype."""
-    if "b" in layout and jnp.finfo(w.dtype).bits < 32:
+    if layout[0] != "b":
+        w = tree.dense(w)
+    if "b" in layout and (tree.is_quantized(w) or jnp.finfo(w.dtype).bits < 32):
         # One at a time: the products below need W in float32, and a stack of it would be a second, larger base.
         axis = layout.index("b")
         rest = layout[:axis] + layout[axis + 1 :]
-        moved = jnp.moveaxis(w, axis, 0)
+        moved = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), w)
         return lax.map(lambda parts: norms(*parts, scale, rest), (moved, a, b))
     letters = "abcdefghijklmnop"[: len(layout)]
     batch, inputs, outputs = ("".join(part) for part in layouts.split(layout, tuple(letters)))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jft import errors
-from jft.lora import views
+from jft.lora import packed, views
 
 MODES = ("factored", "hidden", "merged")
 
@@ -55,6 +55,8 @@ def product(
       mode: one of MODES.
       key: for dropout; None = no dropout.
     """
+    if not view.adapted:
+        return packed.product(p.base, x, view.w)
     after = None
     if view.gain is not None:
         summed = [n not in p.y_labels for n in view.gain.labels]
@@ -66,6 +68,10 @@ def product(
             return None
     if key is not None and view.dropout:
         y = _apart(p, x, _dropped(x, view.dropout, key), view, mode)
+    elif mode == "merged" and isinstance(view.w, packed.Packed):
+        # Made dense for the rule, and made again for its backward pass.
+        whole = lambda x, view: _merged(p, x, dataclasses.replace(view, w=view.w.dense()))  # noqa: E731
+        y = jax.checkpoint(whole)(x, view)
     elif mode == "merged":
         y = _merged(p, x, view)
     else:
@@ -84,7 +90,7 @@ def _dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def _apart(p: Product, x: jax.Array, low_x: jax.Array, view: views.View, mode: str) -> jax.Array:
-    y = p.base(x, view.w)
+    y = packed.product(p.base, x, view.w)
     low = _hidden(p) if mode == "hidden" else p.low
     return y + low(low_x, view.a.array, view.b.array).astype(y.dtype)
 

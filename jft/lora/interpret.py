@@ -134,12 +134,13 @@ class Interpreter:
         # Library functions that are traced once and cached have no line of their own: take the caller's.
         source = next((place for place in reversed(self.places) if place), "an unknown line")
         use = Use(view.path, eqn.primitive.name, factored, source)
-        self.uses.append(use)
+        if view.adapted:
+            self.uses.append(use)
         return use
 
     def materialize(self, view: views.View, eqn: Any) -> jax.Array:
         use = self.note(view, eqn, factored=False)
-        if not any(re.fullmatch(pattern, view.path) for pattern in self.allow):
+        if view.adapted and not any(re.fullmatch(pattern, view.path) for pattern in self.allow):
             raise MaterializeError(
                 f"{view.path} is used by {use.primitive} at {use.source}, which needs W + A B itself:"
                 " take it out of the targets, or allow it with materialize=(pattern,)"
@@ -195,7 +196,7 @@ def _evaluate(
     spec.check(adapters, params)
     inputs = (params, args, kwargs)
     # What is no array (a string, a flag) is fixed, as for any function that jax.make_jaxpr traces.
-    leaves, structure = jax.tree.flatten(inputs)
+    leaves, structure = jax.tree.flatten(inputs, is_leaf=tree.is_quantized)
     traced = [i for i, x in enumerate(leaves) if hasattr(x, "dtype") or isinstance(x, float)]
 
     def flat(*values: Any) -> Any:
@@ -205,11 +206,17 @@ def _evaluate(
         params, args, kwargs = jax.tree.unflatten(structure, full)
         return f(params, *args, **kwargs)
 
-    jaxpr, out_shape = jax.make_jaxpr(flat, return_shape=True)(*(leaves[i] for i in traced))
+    # The function sees a dense array in a quantised one's place.
     values = [leaves[i] for i in traced]
+    stand_ins = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) if tree.is_quantized(x) else x for x in values
+    ]
+    jaxpr, out_shape = jax.make_jaxpr(flat, return_shape=True)(*stand_ins)
     for i, path in enumerate(tree.flatten(params)):  # the parameters come first among the leaves
         if path in adapters:
             values[traced.index(i)] = views.make(path, leaves[i], adapters[path])
+        elif tree.is_quantized(leaves[i]):
+            values[traced.index(i)] = views.track(path, leaves[i])
     outputs = interpreter.closed(jaxpr, values)
     _finish(interpreter, jaxpr, outputs, adapters)
     return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)
@@ -221,11 +228,12 @@ def _finish(
     """Views among the outputs are materialised (or refused); an adapter that nothing used is an error."""
     for i, x in enumerate(outputs):
         if isinstance(x, views.View):
-            if not any(re.fullmatch(pattern, x.path) for pattern in interpreter.allow):
+            if x.adapted and not any(re.fullmatch(p, x.path) for p in interpreter.allow):
                 raise MaterializeError(
                     f"{x.path} is returned by the function, which needs W + A B itself"
                 )
-            interpreter.uses.append(Use(x.path, "return", False, ""))
+            if x.adapted:
+                interpreter.uses.append(Use(x.path, "return", False, ""))
             outputs[i] = x.merged()
     used = {use.path for use in interpreter.uses}
     if unused := [path for path in adapters if path not in used]:

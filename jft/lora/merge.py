@@ -53,6 +53,7 @@ def delta(factors: spec.Factors) -> jax.Array:
 
 def updated(w: jax.Array, factors: spec.Factors) -> jax.Array:
     """The adapted leaf, in at least the adapter's precision: not yet rounded to the leaf's dtype."""
+    w = tree.dense(w)
     total = w.astype(jnp.promote_types(w.dtype, factors.a.dtype)) + delta(factors)
     if factors.magnitude is None:
         return total
@@ -124,7 +125,7 @@ def _rounded(w: jax.Array, factors: spec.Factors, dtype: Any) -> tuple[jax.Array
     """The merged leaf, and |D|^2, |D'|^2, <D, D'>, |W|^2 for the intended update D and the rounded one D'."""
     want = updated(w, factors)
     out = want.astype(dtype)
-    wide = w.astype(want.dtype)
+    wide = tree.dense(w).astype(want.dtype)
     intended, kept = want - wide, out.astype(want.dtype) - wide
     products = ((intended, intended), (kept, kept), (intended, kept), (wide, wide))
     return out, tuple(jnp.vdot(x, y) for x, y in products)

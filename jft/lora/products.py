@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jft.lora import emit, views
+from jft.lora import emit, packed, views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +194,32 @@ def gather(indices: jax.Array, view: views.View, params: dict[str, Any]) -> jax.
         iter([n for i, n in enumerate(view.labels) if i not in gone]),
         iter(index_labels),
     )
-    w = lax.gather(view.w, indices, **{k: params[k] for k in _GATHER})
+    w = _taken(view.w, indices, moving, params)
     labels = tuple(next(offset) if i in numbers.offset_dims else next(index) for i in range(w.ndim))
     taken = view.each(lambda part: _places(part, view, indices, moving, index_labels, params))
     taken = dataclasses.replace(taken, w=w, labels=labels)
     if all(view.labels[i] in view.a.labels and view.labels[i] in view.b.labels for i in moving):
         return taken
     return taken.merged()
+
+
+def _taken(w: Any, indices: jax.Array, moving: set[int], params: dict[str, Any]) -> Any:
+    """The gather of W; of a packed one without dequantising it, where its last dimension is taken whole and stays last."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    options = {k: params[k] for k in _GATHER}
+    last = w.ndim - 1
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims, *moving}
+    out_ndim = indices.ndim - 1 + len(numbers.offset_dims)
+    stays = (
+        last not in gone and sizes[last] == w.shape[last] and out_ndim - 1 in numbers.offset_dims
+    )
+    bounded = params["mode"] != lax.GatherScatterMode.FILL_OR_DROP  # codes have no fill value
+
+    def each(x: jax.Array) -> jax.Array:
+        return lax.gather(x, indices, **options | {"slice_sizes": (*sizes[:-1], x.shape[-1])})
+
+    whole = lambda x: lax.gather(x, indices, **options)  # noqa: E731
+    return packed.apply(w, whole, each=each if stays and bounded else None)
 
 
 def _moving(view: views.View, params: dict[str, Any]) -> set[int]:

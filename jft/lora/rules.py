@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint, lax
 
-from jft.lora import emit, products, views
+from jft.lora import emit, packed, products, views
 
 Rule = Callable[[Any, Any, list[Any]], list[Any] | None]
 
@@ -73,8 +73,9 @@ def _slice(view: views.View, *, start_indices: Any, limit_indices: Any, strides:
     def cut(x: jax.Array, axis: int, i: int) -> jax.Array:
         return lax.slice_in_dim(x, start_indices[i], limit_indices[i], strides[i], axis)
 
-    w = lax.slice(view.w, start_indices, limit_indices, strides)
-    axes = [i for i in range(view.w.ndim) if w.shape[i] != view.w.shape[i] or strides[i] != 1]
+    spans = zip(start_indices, limit_indices, strides, view.w.shape, strict=True)
+    axes = [i for i, span in enumerate(spans) if span[:3] != (0, span[3], 1)]
+    w = _cut(view.w, axes, cut)
     return views.slice_axes(view, w, axes, cut)
 
 
@@ -82,9 +83,20 @@ def _dynamic_slice(view: views.View, *starts: Any, slice_sizes: Any) -> views.Vi
     def cut(x: jax.Array, axis: int, i: int) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, starts[i], slice_sizes[i], axis)
 
-    w = lax.dynamic_slice(view.w, starts, slice_sizes)
     axes = [i for i in range(view.w.ndim) if slice_sizes[i] != view.w.shape[i]]
+    w = _cut(view.w, axes, cut)
     return views.slice_axes(view, w, axes, cut)
+
+
+def _cut(w: Any, axes: Sequence[int], cut: Callable) -> Any:
+    """W cut along some axes; cut(array, its axis, W's axis). Packed blocks lie along the last axis only."""
+
+    def change(x: jax.Array) -> jax.Array:
+        for i in axes:
+            x = cut(x, i, i)
+        return x
+
+    return packed.apply(w, change, each=None if w.ndim - 1 in axes else change)
 
 
 def _split(view: views.View, *, sizes: Sequence[int], axis: int) -> list[views.View]:
@@ -94,7 +106,7 @@ def _split(view: views.View, *, sizes: Sequence[int], axis: int) -> list[views.V
         def cut(x: jax.Array, at: int, _: int, start: int = start, size: int = size) -> jax.Array:
             return lax.slice_in_dim(x, start, start + size, 1, at)
 
-        out.append(views.slice_axes(view, cut(view.w, axis, axis), [axis], cut))
+        out.append(views.slice_axes(view, _cut(view.w, [axis], cut), [axis], cut))
         start += size
     return out
 
@@ -122,12 +134,14 @@ def _barrier(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
 
 
 def _name(view: views.View, *, name: str) -> views.View:
-    return dataclasses.replace(view, w=ad_checkpoint.checkpoint_name(view.w, name))
+    named = packed.apply(view.w, lambda w: ad_checkpoint.checkpoint_name(w, name))
+    return dataclasses.replace(view, w=named)
 
 
 def _round(view: views.View, *, exponent_bits: int, mantissa_bits: int) -> views.View:
     """As for a cast, the base is rounded and the factors keep their precision."""
-    return dataclasses.replace(view, w=lax.reduce_precision(view.w, exponent_bits, mantissa_bits))
+    w = packed.apply(view.w, lambda w: lax.reduce_precision(w, exponent_bits, mantissa_bits))
+    return dataclasses.replace(view, w=w)
 
 
 def _constrain(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -150,14 +164,15 @@ def _sharded(view: views.View, to: jax.NamedSharding, move: Callable) -> views.V
         spec = jax.P(*(axes.get(n) for n in x.labels))
         return views.Part(move(x.array, jax.NamedSharding(to.mesh, spec)), x.labels)
 
-    return dataclasses.replace(view.each(part), w=move(view.w, to))
+    to_place = lambda w: move(w, to)  # noqa: E731
+    return dataclasses.replace(view.each(part), w=packed.apply(view.w, to_place, each=to_place))
 
 
 def _vary(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     """W declared to vary over mesh axes. The factors follow by themselves where they meet what varies."""
     (view,) = inputs
-    (w,) = interpreter.plain(eqn, [view.w])
-    return [dataclasses.replace(view, w=w)]
+    vary = lambda w: interpreter.plain(eqn, [w])[0]  # noqa: E731
+    return [dataclasses.replace(view, w=packed.apply(view.w, vary, each=vary))]
 
 
 def _all_gather(view: views.View, **params: Any) -> views.View | None:
@@ -171,7 +186,8 @@ def _all_gather(view: views.View, **params: Any) -> views.View | None:
         return lax.all_gather(x, params["axis_name"], axis=axis, **options)
 
     view_parts = view.each(lambda part: part.map(view.labels[axis], gathered))
-    return dataclasses.replace(view_parts, w=gathered(view.w, axis))
+    whole = lambda w: gathered(w, axis)  # noqa: E731
+    return dataclasses.replace(view_parts, w=packed.apply(view.w, whole, each=whole))
 
 
 def _dot(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jft.lora import dora, spec
+from jft.lora import dora, packed, spec
 
 RANK = 0
 _labels = itertools.count(1)
@@ -84,7 +84,7 @@ class View:
     """W as seen at one point of the program: it stands for gain * (w + scale * sum over RANK of a b).
 
     Attributes:
-      w: the base's array, as the untransformed program would have it.
+      w: the base's array, as the untransformed program would have it; or the packed form of it.
       a, b: the factors, viewed alike.
       gain: DoRA's factor for each output, over some labels of batch and outputs; None without DoRA.
       labels: one label for each dimension of w.
@@ -93,7 +93,7 @@ class View:
       path: the leaf it comes from.
     """
 
-    w: jax.Array
+    w: Any
     a: Part
     b: Part
     gain: Part | None
@@ -101,6 +101,11 @@ class View:
     scale: float
     dropout: float
     path: str
+
+    @property
+    def adapted(self) -> bool:
+        """False for a quantised leaf that is only tracked."""
+        return self.a.array.shape[self.a.labels.index(RANK)] > 0
 
     def each(self, f: Callable[[Part], Part]) -> "View":
         """f applied to the factors and the gain. `w` is left alone."""
@@ -113,12 +118,14 @@ class View:
 
     def merged(self) -> jax.Array:
         """What the program would see if the update were formed."""
+        w = packed.dense(self.w)
+        if not self.adapted:
+            return w
         delta = self.delta()
-        wide = jnp.promote_types(self.w.dtype, delta.dtype)
-        total = self.w.astype(wide) + delta
+        total = w.astype(jnp.promote_types(w.dtype, delta.dtype)) + delta
         if self.gain is not None:
             total = total * spread(self.gain, self.labels)
-        return total.astype(self.w.dtype)
+        return total.astype(w.dtype)
 
 
 def make(path: str, w: jax.Array, factors: spec.Factors) -> View:
@@ -132,7 +139,7 @@ def make(path: str, w: jax.Array, factors: spec.Factors) -> View:
     if factors.magnitude is not None:
         gain = Part(dora.gain(w, factors), (*batch, *outputs))
     return View(
-        w=w,
+        w=packed.pack(w),
         a=Part(factors.a, (*batch, *inputs, RANK)),
         b=Part(factors.b, (*batch, RANK, *outputs)),
         gain=gain,
@@ -140,6 +147,15 @@ def make(path: str, w: jax.Array, factors: spec.Factors) -> View:
         scale=factors.scale,
         dropout=factors.dropout,
         path=path,
+    )
+
+
+def track(path: str, w: Any) -> View:
+    """The view of a quantised leaf that has no adapter: its update has rank 0."""
+    layout, a_shape, b_shape = packed.unit(w.shape)
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    return make(
+        path, w, spec.Factors(jnp.zeros(a_shape, dtype), jnp.zeros(b_shape, dtype), 0.0, layout)
     )
 
 
@@ -184,18 +200,19 @@ def varying(x: jax.Array) -> frozenset[str]:
 
 def transpose(view: View, permutation: Sequence[int]) -> View:
     labels = tuple(view.labels[i] for i in permutation)
-    return dataclasses.replace(view, w=lax.transpose(view.w, permutation), labels=labels)
+    w = packed.apply(view.w, lambda w: lax.transpose(w, permutation))
+    return dataclasses.replace(view, w=w, labels=labels)
 
 
 def cast(view: View, dtype: jnp.dtype) -> View:
     """W in another float type. The factors keep theirs: they are cast where they are used."""
-    return dataclasses.replace(view, w=view.w.astype(dtype))
+    return dataclasses.replace(view, w=packed.cast(view.w, dtype))
 
 
 def scaled(view: View, by: Callable[[jax.Array], jax.Array]) -> View:
     """W times a number: by(array) multiplies one."""
     b = Part(by(view.b.array).astype(view.b.array.dtype), view.b.labels)
-    return dataclasses.replace(view, w=by(view.w), b=b)
+    return dataclasses.replace(view, w=packed.apply(view.w, by), b=b)
 
 
 def squeeze(view: View, axes: Sequence[int]) -> View:
@@ -204,7 +221,10 @@ def squeeze(view: View, axes: Sequence[int]) -> View:
     gone = {view.labels[i] for i in axes}
     view = view.each(lambda part: part.drop(gone))
     labels = tuple(n for n in view.labels if n not in gone)
-    return dataclasses.replace(view, w=lax.squeeze(view.w, axes), labels=labels)
+    drop = lambda w: lax.squeeze(w, axes)  # noqa: E731
+    last = view.w.ndim - 1 in axes
+    w = packed.apply(view.w, drop, each=None if last else drop)
+    return dataclasses.replace(view, w=w, labels=labels)
 
 
 def expand(view: View, axes: Sequence[int]) -> View:
@@ -215,11 +235,12 @@ def expand(view: View, axes: Sequence[int]) -> View:
     for axis in axes:
         labels.insert(axis, new[axis])
     a = Part(lax.expand_dims(view.a.array, range(len(axes))), (*new.values(), *view.a.labels))
-    return dataclasses.replace(view, w=lax.expand_dims(view.w, axes), a=a, labels=tuple(labels))
+    w = packed.apply(view.w, lambda w: lax.expand_dims(w, axes))
+    return dataclasses.replace(view, w=w, a=a, labels=tuple(labels))
 
 
 def slice_axes(
-    view: View, w: jax.Array, axes: Sequence[int], cut: Callable[[jax.Array, int, int], jax.Array]
+    view: View, w: Any, axes: Sequence[int], cut: Callable[[jax.Array, int, int], jax.Array]
 ) -> View:
     """The view of `w`, a slice of W; cut(array, its axis, W's axis) slices one axis of a factor."""
     for i in axes:
@@ -236,7 +257,7 @@ def reshape(view: View, sizes: Sequence[int]) -> View:
     Raises:
       Mixed: an axis of the result would hold both inputs and outputs.
     """
-    w = lax.reshape(view.w, sizes)
+    w = packed.apply(view.w, lambda w: lax.reshape(w, sizes))
     view = squeeze(view, [i for i, n in enumerate(view.w.shape) if n == 1])
     new_sizes = [n for n in sizes if n != 1]
     labels: list[int] = []
@@ -250,7 +271,8 @@ def reshape(view: View, sizes: Sequence[int]) -> View:
         new = tuple(fresh() for _ in group)
         view = view.each(lambda part, old=old, new=new, to=group: part.regroup(old, new, to))
         labels += new
-    view = dataclasses.replace(view, w=lax.reshape(w, new_sizes), labels=tuple(labels))
+    squeezed = packed.apply(w, lambda w: lax.reshape(w, new_sizes))
+    view = dataclasses.replace(view, w=squeezed, labels=tuple(labels))
     ones = [i for i, n in enumerate(sizes) if n == 1]
     return dataclasses.replace(expand(view, ones) if ones else view, w=w)
 

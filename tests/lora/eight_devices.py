@@ -2,6 +2,7 @@
 """LoRA on a mesh equals LoRA on one device: NamedSharding with both kinds of axes, and shard_map by hand."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jft import errors, lora
+from jft import errors, lora, quant
 
 assert jax.device_count() == 8
 pytestmark = pytest.mark.usefixtures("x64")
@@ -166,6 +167,40 @@ def test_sharding_constraints_reach_the_factors() -> None:
     close(lora.transform(f)(params, mine, x), x @ lora.add(params, mine)["head"])
     program = str(jax.make_jaxpr(lora.transform(f))(params, mine, x))
     assert program.count("sharding_constraint") == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [*((mode, "nf4") for mode in lora.MODES), ("factored", "int8")]
+)
+def test_19_a_quantised_base_on_a_mesh(mode: str, kind: str) -> None:
+    """Equal to one device; no dense stack in the compiled program, whole or a device's part."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": (L, 256, 512), "down": (L, 512, 256)}
+    params = {
+        k: quant.quantize(jnp.asarray(rng.normal(size=s)) * 0.03, kind) for k, s in shapes.items()
+    }
+    spec = lora.Spec(rank=2, targets="up|down", layouts=LAYOUTS)
+    adapters = lora.init(spec, params, key=jax.random.key(0))
+    adapters = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape)) * 0.03, adapters)
+    x, on = jnp.asarray(rng.normal(size=(B, 256))), mesh(AxisType.Auto)
+
+    def f(params: Any, x: jax.Array) -> jax.Array:
+        @jax.checkpoint
+        def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
+            return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+        return lax.scan(layer, x, params)[0]
+
+    want = jax.value_and_grad(loss(f, mode))(adapters, params, x)
+    part = {k: SPECS[k] for k in params}
+    specs = {k: lora.partition_spec(a, SPECS[k]) for k, a in adapters.items()}
+    packed = {k: jax.device_put(q, jax.NamedSharding(on, part[k])) for k, q in params.items()}
+    placed = place(adapters, specs, on), packed, place(x, X_SPEC, on)
+    step = jax.jit(jax.value_and_grad(loss(f, mode))).lower(*placed).compile()
+    jax.tree.map(close, step(*placed), want)
+    # Whole, gathered over one axis, or a device's part; scales are floats too, but have one element for 64.
+    dense = re.findall(rf"f(?:32|64)\[{L},(?:64|256|512),(?:64|256|512)\]", step.as_text())
+    assert not dense
 
 
 def test_dropout_in_a_shard_map() -> None:
