@@ -33,8 +33,11 @@ def base() -> config_dict.ConfigDict:
     lora.targets = (
         r"layers/.*/(query|key|value|out|gate|up|down)/kernel"  # regular expression over leaves
     )
+    lora.exclude = ""  # of the targets, those to leave alone; "" = none
+    lora.dropout = 0.0  # rate for the input of A in training
     lora.use_rslora = False  # alpha / sqrt(r) instead
-    lora.mode = "auto"  # how products are emitted: factored, merged; auto = merged on CPU
+    lora.use_dora = False  # a trained magnitude for each output, beside A and B
+    lora.mode = "auto"  # how products are emitted: factored, hidden, merged; auto = merged on CPU
 
     c.data = data = config_dict.ConfigDict()
     data.train = ""  # a .jsonl, .json, .csv, .tsv or .parquet file
@@ -60,6 +63,7 @@ def base() -> config_dict.ConfigDict:
     optim.b2 = 0.999
     optim.eps = 1e-8
     optim.weight_decay = 0.0
+    optim.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+ found 16 to be good)
     optim.clip_norm = 1.0  # largest global norm of a gradient; 0 = no clipping
 
     c.batch_size = 8  # rows in one step

@@ -127,7 +127,13 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         einsum = matmul.for_training(jax.default_backend())
         loss = step.full_loss(model.config, remat=c.remat, dtype=c.model.dtype, einsum=einsum)
         trainable, frozen = model.params, {}
+    if not c.lora.rank and c.optim.lora_plus_ratio != 1:
+        raise errors.UserError(
+            f"optim.lora_plus_ratio={c.optim.lora_plus_ratio} without an adapter (lora.rank=0)"
+        )
     optimizer = optim.optimizer(optim.Optim(**c.optim), steps)
+    # Not the key of `lora.init`.
+    dropout_key = jax.random.fold_in(jax.random.key(c.seed), 1) if c.lora.dropout else None
     accumulate = c.batch_size // micro_batch
     return Job(
         config=c,
@@ -138,7 +144,7 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         steps=steps,
         trainable=trainable,
         frozen=frozen,
-        train_step=step.train_step(loss, optimizer, accumulate=accumulate),
+        train_step=step.train_step(loss, optimizer, accumulate=accumulate, dropout_key=dropout_key),
         eval_step=step.eval_step(loss),
         optimizer=optimizer,
         micro_batch=micro_batch,
@@ -146,10 +152,14 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
 
 
 def _lora(c: config_dict.ConfigDict, model: models.Model) -> tuple[Any, Any, step.Loss]:
-    keys = ("rank", "alpha", "targets", "use_rslora")
+    keys = ("rank", "alpha", "targets", "exclude", "dropout", "use_rslora", "use_dora")
     spec = lora.Spec(**{k: c.lora[k] for k in keys}, layouts=decoder.LAYOUTS)
     adapters = lora.init(spec, model.params, key=jax.random.key(c.seed))
     lora.peft.check_writable(adapters, model.module_names)
+    if c.lora.dropout and "head/kernel" in adapters:
+        raise errors.UserError(
+            f"lora.dropout={c.lora.dropout} with an adapter of head/kernel: take it out of lora.targets"
+        )
     mode = c.lora.mode
     if mode == "auto":
         mode = "merged" if jax.default_backend() == "cpu" else "factored"

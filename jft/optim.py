@@ -2,7 +2,9 @@
 """The optimizer: AdamW over the trainable tree, with a schedule and clipping, all from optax."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import optax
 
 from jft import errors
@@ -20,6 +22,7 @@ class Optim:
       warmup_fraction: part of all steps over which the rate rises from 0 to its peak.
       b1, b2, eps: of Adam.
       weight_decay: decoupled, on everything that trains.
+      lora_plus_ratio: the learning rate of adapters' B over that of the rest (LoRA+, https://arxiv.org/abs/2402.12354).
       clip_norm: gradients are scaled to at most this global L2 norm; 0 = never.
     """
 
@@ -30,6 +33,7 @@ class Optim:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    lora_plus_ratio: float = 1.0
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -39,6 +43,10 @@ class Optim:
             )
         if not self.learning_rate > 0:
             raise errors.UserError(f"optim.learning_rate={self.learning_rate}: it must be above 0")
+        if not self.lora_plus_ratio > 0:
+            raise errors.UserError(
+                f"optim.lora_plus_ratio={self.lora_plus_ratio}: it must be above 0"
+            )
         if not 0 <= self.warmup_fraction <= 1:
             raise errors.UserError(f"optim.warmup_fraction={self.warmup_fraction}: between 0 and 1")
 
@@ -64,4 +72,16 @@ def optimizer(c: Optim, steps: int) -> optax.GradientTransformation:
     adamw = optax.adamw(
         schedule(c, steps), b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay
     )
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw) if c.clip_norm else adamw
+    parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
+    parts.append(adamw)
+    if c.lora_plus_ratio != 1:
+        parts.append(optax.masked(optax.scale(c.lora_plus_ratio), _is_b))
+    return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def _is_b(trainable: Any) -> Any:
+    """True for the B of each adapter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "b",
+        trainable,
+    )

@@ -47,13 +47,17 @@ def head_part(tree: Any) -> Any:
 
 
 def lora_loss(c: decoder.Config, *, remat: str = "none", mode: str = "factored") -> Loss:
-    """loss(adapters, params, batch) -> (sum of nats, number of trained tokens)."""
+    """loss(adapters, params, batch) -> (sum of nats, number of trained tokens).
+
+    Where the batch holds a `dropout_key`, the adapters' dropout is on.
+    """
     hidden = lora.transform(functools.partial(decoder.hidden, c, remat=remat), mode=mode)
     adapted_head = lora.transform(decoder.head)
 
     def loss(adapters: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         body = {k: v for k, v in adapters.items() if k != "head/kernel"}
-        x_BTD = hidden(params, body, batch["tokens"], batch["positions"], batch["segments"])
+        inputs = (batch["tokens"], batch["positions"], batch["segments"])
+        x_BTD = hidden(params, body, *inputs, dropout_key=batch.get("dropout_key"))
         part = head_part(params)
         mine = {k: v for k, v in head_part(adapters).items() if k.split("/")[0] in part}
         return losses.cross_entropy(
@@ -126,10 +130,15 @@ def gradients(
 
 
 def train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int = 1
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    dropout_key: jax.Array | None = None,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted update: (state, frozen, batch [B, T]) -> (state, metrics). The state is donated.
 
+    With a `dropout_key`, each step and micro-batch has a key of its own, the same in a resumed run.
     Metrics: `loss` in nats per trained token, `grad_norm` before clipping, `tokens` trained.
     """
 
@@ -137,6 +146,10 @@ def train_step(
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         if accumulate > 1:
             batch = micro_batches(batch, accumulate)
+        if dropout_key is not None:
+            key = jax.random.fold_in(dropout_key, state.step)
+            keys = key if accumulate == 1 else jax.random.split(key, accumulate)
+            batch = batch | {"dropout_key": keys}
         total, weight, grads = gradients(loss, state.trainable, frozen, batch, accumulate)
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Identities of the loss and the step: chunked = plain, micro-batches = one batch, packed = unpacked, frozen = frozen."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -177,3 +178,38 @@ def test_full_fine_tuning_in_bfloat16_keeps_its_weights_in_float32() -> None:
     assert kernel.dtype == jnp.float32
     assert (kernel != old).mean() > 0.99
     assert (kernel.astype(jnp.bfloat16) == old.astype(jnp.bfloat16)).mean() > 0.9
+
+
+def test_lora_plus_moves_b_further() -> None:
+    adapters = make_adapters(make_params())
+    grads = jax.tree.map(jnp.cos, adapters)
+    moves = []
+    for ratio in (1.0, 16.0):
+        settings = optim.Optim(lora_plus_ratio=ratio, warmup_fraction=0.0)
+        optimizer = optim.optimizer(settings, 10)
+        moves.append(optimizer.update(grads, optimizer.init(adapters), adapters)[0])
+    for path, plain in moves[0].items():
+        np.testing.assert_allclose(moves[1][path].a, plain.a, rtol=EXACT)
+        np.testing.assert_allclose(moves[1][path].b, 16 * plain.b, rtol=EXACT)
+
+
+@pytest.mark.parametrize("mode", lora.MODES)
+def test_dropout_is_for_training_alone_and_repeats(mode: str) -> None:
+    params, batch = make_params(), make_batch()
+    adapters = {k: dataclasses.replace(f, dropout=0.5) for k, f in make_adapters(params).items()}
+    loss = step.lora_loss(CONFIG, mode=mode)
+    optimizer = optim.optimizer(optim.Optim(), 3)
+    losses = []
+    for key in (None, jax.random.key(0), jax.random.key(0), jax.random.key(1)):
+        update = step.train_step(loss, optimizer, accumulate=2, dropout_key=key)
+        state = step.init_state(jax.tree.map(jnp.copy, adapters), optimizer)
+        losses.append([])
+        for _ in range(2):
+            state, metrics = update(state, params, batch)
+            losses[-1].append(float(metrics["loss"]))
+    plain, first, again, other = losses
+    total, weight = step.eval_step(loss)(adapters, params, batch)
+    assert plain[0] == pytest.approx(float(total / weight), rel=EXACT)
+    assert first == again
+    assert len({plain[0], first[0], other[0]}) == 3
+    assert first[0] != first[1]
