@@ -33,7 +33,7 @@ def norms(w: jax.Array, a: jax.Array, b: jax.Array, scale: float, layout: str) -
         axis = layout.index("b")
         rest = layout[:axis] + layout[axis + 1 :]
         moved = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), w)
-        return lax.map(lambda parts: norms(*parts, scale, rest), (moved, a, b))
+        return lax.map(lambda p: norms(p[0], p[1], p[2], scale, rest), (moved, a, b))
     letters = "abcdefghijklmnop"[: len(layout)]
     batch, inputs, outputs = ("".join(part) for part in layouts.split(layout, tuple(letters)))
     w = w.astype(a.dtype)

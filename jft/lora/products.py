@@ -184,10 +184,17 @@ _GATHER = (
 )
 
 
-def gather(indices: jax.Array, view: views.View, params: dict[str, Any]) -> jax.Array | views.View:
-    """W's slices at indices: an array, as for rows of a table (an embedding lookup), or a view where only batch
-    dimensions are indexed (experts chosen per token)."""
+def gather(
+    indices: jax.Array, view: views.View, params: dict[str, Any]
+) -> jax.Array | views.View | None:
+    """W's slices at indices.
+
+    An array, as for rows of a table (an embedding lookup); a view where only batch dimensions are indexed (experts
+    chosen per token); None where the gain would change what stands for slices out of bounds.
+    """
     numbers, moving = params["dimension_numbers"], _moving(view, params)
+    if not _fill_stays(view, moving, params):
+        return None
     index_labels = tuple(views.fresh() for _ in range(indices.ndim - 1))
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     offset, index = (
@@ -206,7 +213,7 @@ def gather(indices: jax.Array, view: views.View, params: dict[str, Any]) -> jax.
 def _taken(w: Any, indices: jax.Array, moving: set[int], params: dict[str, Any]) -> Any:
     """The gather of W; of a packed one without dequantising it, where its last dimension is taken whole and stays last."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    options = {k: params[k] for k in _GATHER}
+    options: dict[str, Any] = {k: params[k] for k in _GATHER}
     last = w.ndim - 1
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims, *moving}
     out_ndim = indices.ndim - 1 + len(numbers.offset_dims)
@@ -216,7 +223,8 @@ def _taken(w: Any, indices: jax.Array, moving: set[int], params: dict[str, Any])
     bounded = params["mode"] != lax.GatherScatterMode.FILL_OR_DROP  # codes have no fill value
 
     def each(x: jax.Array) -> jax.Array:
-        return lax.gather(x, indices, **options | {"slice_sizes": (*sizes[:-1], x.shape[-1])})
+        last_whole: dict[str, Any] = {"slice_sizes": (*sizes[:-1], x.shape[-1])}
+        return lax.gather(x, indices, **options | last_whole)
 
     whole = lambda x: lax.gather(x, indices, **options)  # noqa: E731
     return packed.apply(w, whole, each=each if stays and bounded else None)
@@ -234,6 +242,15 @@ def _moving(view: views.View, params: dict[str, Any]) -> set[int]:
     indexed = set(numbers.start_index_map)
     # Where nothing can move, one dimension stands for all.
     return (indexed - whole or set(sorted(indexed)[:1])) | set(numbers.operand_batching_dims)
+
+
+def _fill_stays(view: views.View, moving: set[int], params: dict[str, Any]) -> bool:
+    """Whether the gain leaves `fill_value` alone: it is 1 there if it is indexed alike, and 0 and NaN stay anyway."""
+    if view.gain is None or params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return True
+    fill = params["fill_value"]
+    alike = {view.labels[i] for i in moving} <= set(view.gain.labels)
+    return alike or fill is None or fill == 0 or fill != fill
 
 
 def _places(

@@ -219,9 +219,11 @@ def _consume(
     return [y]
 
 
-def _gather(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
+def _gather(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     view, indices = inputs
     out = products.gather(indices, view, eqn.params)
+    if out is None:
+        return None
     if not isinstance(out, views.View):
         interpreter.note(view, eqn, factored=True)
     return [out]

@@ -85,6 +85,11 @@ class QArray:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Of the codes, whose dimensions are the array's but for a shorter last one."""
+        return self.codes.sharding
+
     def dequantize(self) -> jax.Array:
         """The values, in `dtype`."""
         if self.kind == "nf4":

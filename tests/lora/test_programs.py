@@ -3,11 +3,12 @@
 
 import collections
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import pytest
 from jax import lax
 
@@ -88,18 +89,9 @@ def model_by_hand(params: Any, adapters: lora.Adapters, tokens: jax.Array) -> ja
     return jax.nn.logsumexp(logits)
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def histogram(f: Callable, *args: Any) -> collections.Counter[str]:
     """Equations by primitive. Calls count as what is in them: jit wraps whatever a library traced once."""
-    names = (eqn.primitive.name for eqn in equations(jax.make_jaxpr(f)(*args).jaxpr))
+    names = (eqn.primitive.name for eqn in jaxprs.equations(jax.make_jaxpr(f)(*args).jaxpr))
     return collections.Counter(name for name in names if name != "jit")
 
 

@@ -94,6 +94,24 @@ def test_27_dora(name: str, mode: str, x64: None) -> None:
     assert all(use.factored for use in lora.explain(f, params, adapters, x))
 
 
+def test_dora_leaves_alone_what_is_out_of_bounds(x64: None) -> None:
+    """The fill value stands for rows that are not there: no magnitude multiplies it."""
+    params = {"w": normal(0, 11, 5)}
+    spec = lora.Spec(rank=2, use_dora=True, targets="w")
+    adapters = filled(lora.init(spec, params, key=jax.random.key(0)))
+
+    def rows(fill: float) -> Callable:
+        at = jnp.array([3, 99])
+        return lambda params: jnp.take(params["w"], at, axis=0, mode="fill", fill_value=fill)
+
+    merged = lora.add(params, adapters)
+    with pytest.raises(lora.MaterializeError, match="^w is used by gather"):
+        lora.transform(rows(2.0))(params, adapters)
+    close(lora.transform(rows(2.0), materialize=("w",))(params, adapters), rows(2.0)(merged))
+    for fill in (0.0, np.nan):
+        close(lora.transform(rows(fill))(params, adapters), rows(fill)(merged))
+
+
 def test_dora_norms_of_a_bfloat16_stack_are_exact() -> None:
     """One layer at a time in float32, against numpy in float64."""
     w = normal(0, 3, 40, 30).astype(jnp.bfloat16)
