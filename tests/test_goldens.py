@@ -172,7 +172,9 @@ def test_logits_of_the_other_tiny_model(shared: pathlib.Path, x64: None) -> None
     check_logits(folder, *load_tiny(folder, "float64"), atol=LOGITS_64)
 
 
-@pytest.mark.parametrize("variant", ["lora_B0", "lora_AB", "rslora_B0", "rslora_AB"])
+@pytest.mark.parametrize(
+    "variant", ["lora_B0", "lora_AB", "rslora_B0", "rslora_AB", "dora_B0", "dora_AB"]
+)
 def test_lora_curve_of_the_other_tiny_model(shared: pathlib.Path, variant: str, x64: None) -> None:
     check_lora(shared / "golden" / "tiny", variant, "float64", "factored", CURVE_64)
 

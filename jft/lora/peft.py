@@ -3,47 +3,57 @@
 
 Loading is a bijection: the tensors in the file are exactly those that the configuration asks for on this base, each
 with its shape, all finite. What the format can say and this reader does not implement is refused by name, because
-PEFT itself ignores much of it in silence.
+PEFT itself ignores much of it in silence. Saving is reproducible: the same adapters give the same bytes, and what was
+saved, read and saved again too.
 
 A table `names` connects torch modules with our leaves: {"model.layers.3.self_attn.q_proj": ("layers/attention/query/
 kernel", 3)}, layer None for a leaf that is not stacked.
 """
 
-import collections
+import dataclasses
 import json
 import math
+import os
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jft import errors, tree
+from jft.lora import dora, peft_config, peft_matching, spec
 from jft.lora import layouts as layout_rules
-from jft.lora import spec
 
 Names = Mapping[str, tuple[str, int | None]]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# What we implement of adapter_config.json, beyond ranks, scales and targets: these keys, at these values only.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None, {}),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": ([], None),
-    "target_parameters": ([], None),
-    "trainable_token_indices": ([], {}, None),
-    "layer_replication": ([], None),
-    "alora_invocation_tokens": ([], None),
-    "loftq_config": ({}, None),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
-}
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_EMBEDDING = (
+    "embed/embedding"  # PEFT's keys for it, lora_embedding_A, come with the whole embedding
+)
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """The weights as they were read, with the configuration beside them; `where` is for messages."""
+
+    where: pathlib.Path
+    tensors: Mapping[str, np.ndarray]
+    config: peft_matching.Config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One module's share of a leaf: A [in, r], B [r, out] and, with DoRA, magnitude [out]; float32."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    magnitude: np.ndarray | None
 
 
 def save(
@@ -54,7 +64,7 @@ def save(
     base_name: str,
     revision: str | None = None,
 ) -> None:
-    """Writes the adapters as PEFT would.
+    """Writes the adapters as PEFT would, in float32.
 
     Args:
       folder: is made; files of the same names are replaced.
@@ -64,20 +74,19 @@ def save(
       revision: of the base.
 
     Raises:
-      UserError: a leaf has no module of its own in PEFT's world.
+      UserError: see `check_writable`.
     """
     from safetensors import numpy as safetensors_numpy
 
     check_writable(adapters, names)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors, modules = {}, {}
     for module, (path, layer) in names.items():
         if path in adapters:
-            a, b = _matrices(adapters[path], layer)
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b.T)
-    config = _config(adapters, names) | {
+            modules[module] = adapters[path]
+            tensors |= _module_tensors(module, adapters[path], layer)
+    config = peft_config.describe(modules, names) | {
         "base_model_name_or_path": base_name,
         "revision": revision,
     }
@@ -85,57 +94,62 @@ def save(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def check_writable(adapters: Mapping[str, Any], names: Names) -> None:
-    """Raises UserError for a leaf that PEFT's format has no LoRA keys for here; call it before training, not after."""
-    owned = {path for path, _ in names.values()}
-    for path in adapters:
-        if path not in owned or path == "embed/embedding":
+def check_writable(adapters: Mapping[str, spec.Factors], names: Names) -> None:
+    """Raises UserError for what PEFT's format cannot hold; call it before training, not after."""
+    if not adapters:
+        raise errors.UserError("there is no adapter to write")
+    layers: dict[str, list[int | None]] = {}
+    for path, layer in names.values():
+        layers.setdefault(path, []).append(layer)
+    for path, factors in adapters.items():
+        if path not in layers or path == _EMBEDDING:
             raise errors.UserError(
                 f"lora.targets reaches {path}, which the adapter format cannot hold as LoRA here;"
                 " narrow lora.targets to kernels"
             )
+        if not math.isfinite(factors.scale):
+            raise errors.UserError(f"adapter {path}: scale {factors.scale} is not finite")
+        _check_layers(path, factors.layout, factors.a.shape, layers[path])
+    _check_alike("dropout", {path: f.dropout for path, f in adapters.items()})
+    _check_alike("use_dora", {path: f.magnitude is not None for path, f in adapters.items()})
 
 
-def _matrices(factors: spec.Factors, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """One module's A [in, r] and B [r, out], float32."""
-    a, b = (np.asarray(x, np.float32) for x in (factors.a, factors.b))
-    if layer is not None:
-        a, b = a[layer], b[layer]
-    return a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+def _check_layers(
+    path: str, layout: str, shape: Sequence[int], layers: Sequence[int | None]
+) -> None:
+    """Raises UserError unless the modules cover the leaf: each layer once, or the whole as one."""
+    stacked = layout[0] == "b"
+    want = set(range(shape[0])) if stacked else {None}
+    if layout.count("b") > stacked or len(layers) != len(want) or set(layers) != want:
+        raise errors.UserError(
+            f"{path}: layout {layout!r} and shape {tuple(shape)} are not the {len(layers)} modules that the table of"
+            " names has for it"
+        )
 
 
-def _config(adapters: Mapping[str, spec.Factors], names: Names) -> dict[str, Any]:
-    """adapter_config.json; patterns only as exact module names, which no sorting can make ambiguous."""
-    modules = {m: adapters[path] for m, (path, _) in names.items() if path in adapters}
-    common = collections.Counter((f.rank, f.scale) for f in modules.values()).most_common(1)
-    (rank, scale), _ = common[0]
-    odd = {m: f for m, f in modules.items() if (f.rank, f.scale) != (rank, scale)}
-    short = sorted({m.rsplit(".", 1)[-1] for m in modules})
-    covered = {m for m in names if m.rsplit(".", 1)[-1] in short}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": _plain(scale * rank),
-        "target_modules": short if covered == set(modules) else sorted(modules),
-        "rank_pattern": {m: f.rank for m, f in odd.items()},
-        "alpha_pattern": {m: _plain(f.scale * f.rank) for m, f in odd.items()},
-        "use_rslora": False,  # alpha says the scale exactly, whichever rule it came from
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
+def _check_alike(key: str, values: Mapping[str, Any]) -> None:
+    first, *others = values
+    for other in others:
+        if values[other] != values[first]:
+            raise errors.UserError(
+                f"lora.{key} is {values[first]} for {first} but {values[other]} for {other}: PEFT's format has"
+                " one for all"
+            )
 
 
-def _plain(x: float) -> float | int:
-    return int(x) if float(x).is_integer() else x
+def _module_tensors(module: str, factors: spec.Factors, layer: int | None) -> dict[str, np.ndarray]:
+    """One module's tensors as torch has them, [out, in]."""
+
+    def own(x: Any) -> np.ndarray:
+        x = np.asarray(x, np.float32)
+        return x if layer is None else x[layer]
+
+    a, b = own(factors.a), own(factors.b)
+    tensors: dict[str, np.ndarray] = {}
+    tensors[_A], tensors[_B] = a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
+    if factors.magnitude is not None:
+        tensors[_MAGNITUDE] = own(factors.magnitude).reshape(-1)
+    return {f"{_PREFIX}{module}{k}": np.ascontiguousarray(x) for k, x in tensors.items()}
 
 
 def load(
@@ -144,195 +158,200 @@ def load(
     """Reads an adapter for this base.
 
     Layers with other ranks or scales than the rest, or without an adapter, are padded with zeros to one stacked
-    array; a leaf keeps the largest scale of its layers and the others' ratio goes into B. The update is the same.
+    array; a leaf keeps the largest scale of its layers and the others' ratio goes into B. A layer without DoRA gets the
+    norms of its weights as magnitude. The function is the same.
 
     Args:
       folder: holds the two files.
       names: the base's table of modules.
-      params: the base's parameters or their shapes.
+      params: the base's parameters; their shapes will do unless DoRA adapts some layers of a leaf and not others.
       layouts: of the leaves, as in `Spec.layouts`.
+
+    Returns:
+      {path: Factors}, float32 whatever the file's dtype: the file's values exactly, but for float64.
 
     Raises:
       UserError: anything in the folder that is not understood, not expected, missing, misshapen or not finite.
     """
-    folder = pathlib.Path(folder)
-    config = _read_config(folder)
-    where = folder / CONFIG_FILE
-    _check_patterns(config, where)
-    targets = [m for m in names if _is_target(config, m, where)]
-    if not targets:
+    folder, leaves = pathlib.Path(folder), tree.flatten(params)
+    config = peft_config.read(_locate(folder, CONFIG_FILE))
+    targets = config.targets(names)
+    _check_targets(targets, names, leaves, config.where)
+    where = _locate(folder, WEIGHTS_FILE)
+    file = _File(where, _read_tensors(where), config)
+    _compare(file, targets, names)
+    paths = dict.fromkeys(names[module][0] for module in targets)
+    return {path: _leaf(file, path, leaves[path], targets, names, layouts) for path in paths}
+
+
+def _locate(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of the folder. A link must stay inside, or lead to the blobs of a Hub cache that the folder is in."""
+    file = folder / name
+    if not os.path.isfile(file):
+        why = ""
+        if folder.is_file():
+            why = ": it is a file, and an adapter is a folder"
+        elif (folder / "adapter_model.bin").exists():
+            why = "; adapter_model.bin is pickle and is not read: let PEFT save it again"
+        raise errors.UserError(f"{folder} is no adapter: it has no {name}{why}")
+    home, real = folder.resolve(), file.resolve()
+    blobs = [x.parents[1] / "blobs" for x in (home, *home.parents) if x.parent.name == "snapshots"]
+    if not any(real.is_relative_to(root) for root in (home, *blobs)):
         raise errors.UserError(
-            f"{where}: target_modules={config.get('target_modules')!r} names no module of this base"
+            f"{file} is a link to {real}, outside its folder; put the file there"
         )
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
-    expected = {f"{_PREFIX}{m}.lora_{x}.weight" for m in targets for x in "AB"}
-    _compare(expected, set(tensors), folder / WEIGHTS_FILE)
-    parts: dict[str, dict[int | None, tuple[np.ndarray, np.ndarray, float]]] = {}
+    return file
+
+
+def _check_targets(
+    targets: Sequence[str], names: Names, leaves: Collection[str], where: pathlib.Path
+) -> None:
     for module in targets:
-        path, layer = names[module]
-        a, b = (tensors[f"{_PREFIX}{module}.lora_{x}.weight"].T for x in "AB")
-        rank, scale = _rank_and_scale(config, module, where)
-        if a.shape[-1] != rank or b.shape[0] != rank:
+        path, _ = names[module]
+        if path == _EMBEDDING:
             raise errors.UserError(
-                f"{folder / WEIGHTS_FILE}: {module} has A {a.T.shape} and B {b.T.shape}, but {CONFIG_FILE} says r={rank}"
+                f"{where}: target_modules names {module}: an adapter of the embedding is not read"
             )
-        parts.setdefault(path, {})[layer] = (a, b, scale)
-    leaves = tree.flatten(params)
-    if absent := sorted(parts.keys() - leaves.keys()):
-        raise errors.UserError(
-            f"{where}: adapts {absent[0]}, which this base does not have: its embeddings are tied, and an"
-            " adapter of the head alone would untie them"
-        )
-    return {
-        path: _assemble(path, layers, leaves[path].shape, layouts, folder / WEIGHTS_FILE)
-        for path, layers in parts.items()
-    }
-
-
-def _assemble(
-    path: str,
-    layers: Mapping[int | None, tuple[np.ndarray, np.ndarray, float]],
-    shape: tuple[int, ...],
-    layouts: tree.Rules,
-    where: pathlib.Path,
-) -> spec.Factors:
-    """One leaf's factors from its layers' matrices."""
-    layout = layout_rules.find(layouts, path, len(shape))
-    rank = max(a.shape[-1] for a, _, _ in layers.values())
-    scale = max(s for _, _, s in layers.values())
-    inputs = [n for n, kind in zip(shape, layout, strict=True) if kind == "i"]
-    outputs = [n for n, kind in zip(shape, layout, strict=True) if kind == "o"]
-    stack = [n for n, kind in zip(shape, layout, strict=True) if kind == "b"]
-    a_all = np.zeros((math.prod(stack), math.prod(inputs), rank), np.float32)
-    b_all = np.zeros((math.prod(stack), rank, math.prod(outputs)), np.float32)
-    for layer, (a, b, s) in layers.items():
-        if a.shape[0] != a_all.shape[1] or b.shape[1] != b_all.shape[2]:
+        if path not in leaves:
             raise errors.UserError(
-                f"{where}: {path} layer {layer} has A {a.T.shape} and B {b.T.shape}, which do not fit"
-                f" this base ({a_all.shape[1]} inputs, {b_all.shape[2]} outputs)"
+                f"{where}: target_modules names {module}, but this base has no {path}: its embeddings are tied, and"
+                " an adapter of the head alone would untie them"
             )
-        a_all[layer or 0, :, : a.shape[-1]] = a
-        b_all[layer or 0, : b.shape[0]] = b if s == scale else b * (s / scale)
-    return spec.Factors(
-        jnp.asarray(a_all.reshape(*stack, *inputs, rank)),
-        jnp.asarray(b_all.reshape(*stack, rank, *outputs)),
-        scale,
-        layout,
-    )
-
-
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    where = folder / CONFIG_FILE
-    try:
-        config = json.loads(where.read_bytes())
-    except FileNotFoundError as error:
-        raise errors.UserError(f"{folder} is no adapter: it has no {CONFIG_FILE}") from error
-    except ValueError as error:
-        raise errors.UserError(f"{where} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise errors.UserError(f"{where} is no JSON object")
-    if config.get("peft_type") != "LORA":
-        raise errors.UserError(f"{where}: peft_type={config.get('peft_type')!r}; only LORA is read")
-    for key, allowed in _NEUTRAL.items():
-        if config.get(key) not in allowed:
-            raise errors.UserError(f"{where}: {key}={config[key]!r} is not implemented")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise errors.UserError(f"{where}: {key} is missing; PEFT would silently take 8")
-    return config
-
-
-def _check_patterns(config: Mapping[str, Any], where: pathlib.Path) -> None:
-    """Raises UserError for a regular expression that is none."""
-    patterns = [(key, config.get(key)) for key in ("target_modules", "exclude_modules")]
-    patterns += [
-        (key, k) for key in ("rank_pattern", "alpha_pattern") for k in config.get(key) or {}
-    ]
-    for key, pattern in patterns:
-        try:
-            re.compile(pattern if isinstance(pattern, str) else "")
-        except re.error as error:
-            raise errors.UserError(
-                f"{where}: {key}: {pattern!r} is not a regular expression: {error}"
-            ) from error
-
-
-def _named(rule: Any, module: str) -> bool:
-    """PEFT's matching: a list holds names or their last parts, a string is a regular expression."""
-    if isinstance(rule, str):
-        return re.fullmatch(rule, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in rule)
-
-
-def _is_target(config: Mapping[str, Any], module: str, where: pathlib.Path) -> bool:
-    rule = config.get("target_modules")
-    if not rule:
-        raise errors.UserError(f"{where}: target_modules is missing")
-    if rule == "all-linear":
-        hit = not module.endswith(("lm_head", "embed_tokens"))
-    else:
-        hit = _named(rule, module)
-    if not hit or (config.get("exclude_modules") and _named(config["exclude_modules"], module)):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers is None:
-        return True
-    number = re.search(r"\.(\d+)\.", module)
-    return number is not None and int(number[1]) in (
-        layers if isinstance(layers, list) else [layers]
-    )
-
-
-def _rank_and_scale(
-    config: Mapping[str, Any], module: str, where: pathlib.Path
-) -> tuple[int, float]:
-    rank = _pattern(config, "rank_pattern", module, config["r"], where)
-    alpha = _pattern(config, "alpha_pattern", module, config["lora_alpha"], where)
-    if rank < 1 or rank != int(rank):
-        raise errors.UserError(f"{where}: r={rank} for {module}; a rank is 1 or more")
-    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern(
-    config: Mapping[str, Any], key: str, module: str, default: float, where: pathlib.Path
-) -> float:
-    """The value of the patterns that match; PEFT takes the first, but sorts them when it saves."""
-    patterns = config.get(key) or {}
-    hits = {v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)}
-    if len(hits) > 1:
-        raise errors.UserError(
-            f"{where}: several entries of {key} match {module} with different values {sorted(hits)}:"
-            " which one holds depends on an order that the file has lost"
-        )
-    return hits.pop() if hits else default
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    from safetensors import numpy as safetensors_numpy
+    """All tensors, float32."""
+    import safetensors
 
-    if not path.is_file():
-        raise errors.UserError(
-            f"{path.parent}: no {path.name} (adapter_model.bin is not read: pickle)"
-        )
     try:
-        tensors = safetensors_numpy.load_file(path)
-    except Exception as error:
-        raise errors.UserError(f"{path} is not a readable safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor.astype(np.float32)).all():
-            raise errors.UserError(f"{path}: {name} holds values that are not finite")
+        stored = safetensors.deserialize(path.read_bytes())
+    except OSError as error:
+        raise errors.UserError(f"{path}: {error.strerror}") from error
+    except safetensors.SafetensorError as error:
+        raise errors.UserError(
+            f"{path} is not a readable safetensors file: {peft_matching.plain(str(error))}"
+        ) from error
+    tensors = {}
+    for name, entry in stored:
+        told, dtype = f"{path}: {peft_matching.plain(name)}", entry["dtype"]
+        if dtype not in _DTYPES:
+            raise errors.UserError(
+                f"{told} is stored as {dtype}; only {', '.join(_DTYPES)} are read"
+            )
+        values = np.frombuffer(entry["data"], _DTYPES[dtype]).reshape(entry["shape"])
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and told below
+            tensors[name] = values.astype(np.float32)
+        if not np.isfinite(tensors[name]).all():
+            raise errors.UserError(f"{told} holds values that are not finite")
     return tensors
 
 
-def _compare(expected: set[str], found: set[str], where: pathlib.Path) -> None:
-    def some(keys: Sequence[str]) -> str:
-        return f"{', '.join(sorted(keys)[:3])}{' ...' if len(keys) > 3 else ''} ({len(keys)})"
+def _compare(file: _File, targets: Sequence[str], names: Names) -> None:
+    """Raises UserError unless the file has the tensors of the targets and no others."""
+    config = file.config
+    kinds = (_A, _B, _MAGNITUDE) if config.use_dora else (_A, _B)
+    expected, found = {f"{_PREFIX}{m}{kind}" for m in targets for kind in kinds}, set(file.tensors)
+    told = []
+    if expected - found:
+        told.append(f"missing {_some(expected - found)}, which {CONFIG_FILE} asks for")
+    if found - expected:
+        told.append(f"holds {_some(found - expected)}, which {CONFIG_FILE} does not ask for")
+    if told and (unmatched := config.unmatched(names)):
+        told.append(f"target_modules has {_some(unmatched)}, which this base does not have")
+    if any(key.endswith(_MAGNITUDE) for key in expected ^ found):
+        told.append(f"use_dora is {str(config.use_dora).lower()}")
+    if told:
+        raise errors.UserError(f"{file.where}: {'; '.join(told)}")
 
-    if missing := expected - found:
+
+def _some(keys: Collection[str]) -> str:
+    names = ", ".join(map(peft_matching.plain, sorted(keys)[:3]))
+    return f"{names}{' ...' if len(keys) > 3 else ''} ({len(keys)})"
+
+
+def _leaf(
+    file: _File,
+    path: str,
+    leaf: Any,
+    targets: Sequence[str],
+    names: Names,
+    layouts: tree.Rules,
+) -> spec.Factors:
+    """One leaf's factors, from its modules' tensors."""
+    layout = layout_rules.find(layouts, path, len(leaf.shape))
+    batch, inputs, outputs = layout_rules.split(layout, leaf.shape)
+    modules = {module: layer for module, (p, layer) in names.items() if p == path}
+    _check_layers(path, layout, leaf.shape, list(modules.values()))
+    sizes = math.prod(batch), math.prod(inputs), math.prod(outputs)
+    parts = {modules[m] or 0: _part(file, m, *sizes[1:]) for m in targets if m in modules}
+    a, b, scale = _stack(parts, sizes)
+    factors = spec.Factors(
+        jnp.asarray(a.reshape(*batch, *inputs, a.shape[-1])),
+        jnp.asarray(b.reshape(*batch, b.shape[1], *outputs)),
+        scale,
+        layout,
+        dropout=file.config.dropout,
+    )
+    return dataclasses.replace(factors, magnitude=_magnitude(path, parts, leaf, factors))
+
+
+def _part(file: _File, module: str, inputs: int, outputs: int) -> _Part:
+    """One module's tensors, which must have the shapes of its rank and of the base."""
+    rank, scale = file.config.rank_and_scale(module)
+    own = {}
+    for kind, shape in ((_A, (rank, inputs)), (_B, (outputs, rank)), (_MAGNITUDE, (outputs,))):
+        key = f"{_PREFIX}{module}{kind}"
+        own[kind] = file.tensors.get(key)
+        if own[kind] is not None and own[kind].shape != shape:
+            raise errors.UserError(
+                f"{file.where}: {key} has shape {own[kind].shape}, but r={rank} in {CONFIG_FILE} and this base ask"
+                f" for {shape}"
+            )
+    magnitude = own[_MAGNITUDE]
+    if magnitude is not None and not (magnitude > 0).all():
         raise errors.UserError(
-            f"{where}: missing {some(list(missing))}, which {CONFIG_FILE} asks for"
+            f"{file.where}: {_PREFIX}{module}{_MAGNITUDE} holds {magnitude.min()}: a norm is above 0"
         )
-    if extra := found - expected:
+    return _Part(own[_A].T, own[_B].T, scale, magnitude)
+
+
+def _stack(
+    parts: Mapping[int, _Part], sizes: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A [layers, in, r], B [layers, r, out] and the scale of layers that may differ in rank and scale."""
+    layers, inputs, outputs = sizes
+    rank = max(part.a.shape[-1] for part in parts.values())
+    scale = max((part.scale for part in parts.values()), key=abs)
+    a = np.zeros((layers, inputs, rank), np.float32)
+    b = np.zeros((layers, rank, outputs), np.float32)
+    for layer, part in parts.items():
+        a[layer, :, : part.a.shape[1]] = part.a
+        b[layer, : part.b.shape[0]] = (
+            part.b if part.scale == scale else part.b * (part.scale / scale)
+        )
+    return a, b, scale
+
+
+def _magnitude(
+    path: str, parts: Mapping[int, _Part], leaf: Any, factors: spec.Factors
+) -> jax.Array | None:
+    """The layers' magnitudes, [*batch, *outputs]; where a layer has none, its norms, which change nothing."""
+    given = {i: x.magnitude for i, x in parts.items() if x.magnitude is not None}
+    if not given:
+        return None
+    batch, _, outputs = layout_rules.split(factors.layout, leaf.shape)
+    count = math.prod(batch)
+    if len(given) < count and isinstance(leaf, jax.ShapeDtypeStruct):
+        absent = min(set(range(count)) - given.keys())
         raise errors.UserError(
-            f"{where}: holds {some(list(extra))}, which {CONFIG_FILE} does not ask for"
+            f"{path}: layer {absent} has no adapter beside others with DoRA: its magnitude is the norm of the"
+            " base's weights, so reading this adapter needs their values, not only shapes"
         )
+    if len(given) < count:
+        args = factors.a, factors.b, factors.scale, factors.layout
+        all_layers = np.array(dora.norms(jnp.asarray(leaf), *args)).reshape(count, -1)
+    else:
+        all_layers = np.zeros((count, math.prod(outputs)), np.float32)
+    for layer, values in given.items():
+        all_layers[layer] = values
+    return jnp.asarray(all_layers.reshape(*batch, *outputs))
