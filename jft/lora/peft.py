@@ -341,7 +341,8 @@ def _magnitude(
         return None
     batch, _, outputs = layout_rules.split(factors.layout, leaf.shape)
     count = math.prod(batch)
-    if len(given) < count and isinstance(leaf, jax.ShapeDtypeStruct):
+    shapes_only = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
+    if len(given) < count and shapes_only:
         absent = min(set(range(count)) - given.keys())
         raise errors.UserError(
             f"{path}: layer {absent} has no adapter beside others with DoRA: its magnitude is the norm of the"
@@ -349,9 +350,10 @@ def _magnitude(
         )
     if len(given) < count:
         args = factors.a, factors.b, factors.scale, factors.layout
-        all_layers = np.array(dora.norms(jnp.asarray(leaf), *args)).reshape(count, -1)
+        values = jax.tree.map(jnp.asarray, leaf)  # which may be quantised: several arrays
+        all_layers = np.array(dora.norms(values, *args)).reshape(count, -1)
     else:
         all_layers = np.zeros((count, math.prod(outputs)), np.float32)
-    for layer, values in given.items():
-        all_layers[layer] = values
+    for layer, magnitude in given.items():
+        all_layers[layer] = magnitude
     return jnp.asarray(all_layers.reshape(*batch, *outputs))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from jft import errors, lora, tree
+from jft import errors, lora, quant, tree
 from jft.lora import dora, peft, peft_config
 from jft.models import decoder, hf, llama
 
@@ -315,9 +315,15 @@ def test_dora_in_some_layers_leaves_the_others_alone(folder: pathlib.Path, param
     direction = w[1] + np.asarray(lora.delta(factors))[1]
     want = magnitude * direction / np.linalg.norm(direction, axis=0)
     np.testing.assert_allclose(merged[1], want, rtol=1e-5)
-    shapes = jax.eval_shape(lambda: params)
-    with pytest.raises(errors.UserError, match="layers/mlp/up/kernel: layer 0 .*values"):
-        load(folder, shapes)
+    packed = tree.replace(
+        params, {"layers/mlp/up/kernel": quant.quantize(jnp.asarray(w), "int8", block=2)}
+    )
+    (factors,) = load(folder, packed).values()
+    w = np.asarray(packed["layers"]["mlp"]["up"]["kernel"].dequantize())
+    np.testing.assert_allclose(factors.magnitude[0], np.linalg.norm(w[0], axis=0), rtol=1e-6)
+    for base in (params, packed):
+        with pytest.raises(errors.UserError, match="layers/mlp/up/kernel: layer 0 .*values"):
+            load(folder, jax.eval_shape(lambda base=base: base))
 
 
 def test_shapes_are_enough_for_dora_in_all_layers(params: Any, tmp_path: pathlib.Path) -> None:
