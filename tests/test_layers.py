@@ -69,6 +69,8 @@ def test_no_room_reaches_into_anothers_private_names() -> None:
 
 def test_lora_and_quant_need_jax_and_numpy_only() -> None:
     heavy = "flax optax orbax transformers datasets absl ml_collections safetensors".split()
-    code = f"import sys; from jft import lora, quant; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import sys; from jft import lora, quant; print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
