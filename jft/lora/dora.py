@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def gain(w: jax.Array, factors: "spec.Factors") -> jax.Array:
     """magnitude / norm, [*batch, *outputs]: what multiplies each output of x (W + s A B)."""
     norm = lax.stop_gradient(norms(w, factors.a, factors.b, factors.scale, factors.layout))
-    return factors.magnitude / norm
+    return factors.magnitude / jnp.where(norm == 0, 1, norm)  # an output of zeros stays one
 
 
 def norms(w: jax.Array, a: jax.Array, b: jax.Array, scale: float, layout: str) -> jax.Array:

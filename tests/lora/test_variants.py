@@ -121,6 +121,17 @@ def test_dora_norms_of_a_bfloat16_stack_are_exact() -> None:
     np.testing.assert_allclose(fresh.magnitude, want, rtol=1e-6)  # float32 sums of 40 squares
 
 
+def test_dora_leaves_an_output_of_zeros_alone() -> None:
+    """As of the unused rows of a padded vocabulary."""
+    params = {"w": jnp.ones((5, 7)).at[:, 2].set(0)}
+    fresh = lora.init(lora.Spec(rank=2, targets="w", use_dora=True), params, key=jax.random.key(0))
+    g = lora.transform(lambda p, x: x @ p["w"])
+    x = normal(1, 3, 5, dtype="float32")
+    np.testing.assert_allclose(g(params, fresh, x), x @ params["w"], rtol=1e-6)  # float32 norms
+    grads = jax.grad(lambda a: g(params, a, x).sum())(fresh)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
 def test_dora_needs_values() -> None:
     shapes = {"w": jax.ShapeDtypeStruct((5, 7), jnp.float32)}
     with pytest.raises(errors.UserError, match="w: init needs its values"):
