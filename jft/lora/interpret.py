@@ -74,15 +74,19 @@ class Interpreter:
     def keyed(self, key: jax.Array | None) -> Iterator[None]:
         """Within, keys come from this one."""
         outer, self._key = self._key, key
-        yield
-        self._key = outer
+        try:
+            yield
+        finally:
+            self._key = outer
 
     @contextlib.contextmanager
     def manual(self, *, checked: bool) -> Iterator[None]:
         """Within a shard_map that tracks, or does not, over which mesh axes values vary."""
         outer, self._checked = self._checked, checked and self._checked
-        yield
-        self._checked = outer
+        try:
+            yield
+        finally:
+            self._checked = outer
 
     def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         return self.run(jaxpr.jaxpr, jaxpr.consts, args)
@@ -155,7 +159,8 @@ def transform(f: Callable, *, mode: str = "factored", materialize: Sequence[str]
     """LoRA for a function: `g(params, adapters, *args, **kwargs)` is f with W + scale * A B for each adapted W.
 
     Args:
-      f: `f(params, *args, **kwargs)`, traceable by JAX; `params` any pytree of arrays.
+      f: `f(params, *args, **kwargs)`, traceable by JAX; `params` any pytree of arrays. Where a leaf is quantised, f sees
+        a dense array in its place, which is made only where a product needs it.
       mode: how products are emitted, see `jft.lora.emit`.
       materialize: patterns of paths for which forming W + scale * A B is allowed where no factors will do.
 
