@@ -8,10 +8,7 @@ import sys
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jft import generate, models, runs, tree
+from jft import generate, lora, models, runs, tree
 from jft.data import chat, formats
 from jft.evals import scores
 
@@ -43,7 +40,7 @@ def make(job: Any, state: Any, best: dict[str, Any], seconds: float) -> dict[str
     if job.config.lora.rank:
         base = tuned = job.model
         adapters = tuned.load_adapter(folder)
-        before, after = jax.tree.map(jnp.zeros_like, adapters), adapters
+        before, after = lora.neutral(adapters, tuned.params), adapters
     else:
         asked = job.config.model
         base = models.load(asked.path, dtype=asked.dtype, revision=asked.revision or None)
@@ -84,8 +81,9 @@ def _answers(
     sampling = generate.Sampling(max_new_tokens=c.validate.max_new_tokens)
     print(f"answering {len(examples)} held-out prompts, base and tuned", file=sys.stderr)
     tuned_generator = generate.Generator(tuned, adapters)
-    if adapters:  # an update of zero is the base, bit for bit, and needs no other compiled program
-        base_generator = tuned_generator.with_adapters(jax.tree.map(jnp.zeros_like, adapters))
+    if adapters:  # they need no other compiled program
+        neutral = lora.neutral(adapters, base.params)
+        base_generator = tuned_generator.with_adapters(neutral)
     else:
         base_generator = generate.Generator(base)
     texts = {

@@ -49,6 +49,27 @@ def adapter_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return safetensors_numpy.load_file(folder / "adapter_model.safetensors")
 
 
+def test_every_kind_of_adapter_has_the_same_base_and_learns(
+    tiny_model: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Base against tuned is said for each; the base is one and the same."""
+    kinds = {
+        "plain": {"lora.rank": 4},
+        "all": {"lora.use_dora": True, "lora.dropout": 0.1, "optim.lora_plus_ratio": 4.0},
+    }
+    results = {}
+    for name, options in kinds.items():
+        c = settings(tiny_model, data, tmp_path / name)
+        with c.unlocked():
+            c.update_from_flattened_dict(options)
+        results[name] = loop.train(c)
+        assert results[name]["tuned"]["loss"] < results[name]["base"]["loss"]
+    # Weights over their own norms, times them: float32 rounding in each of a few layers.
+    losses = [result["base"]["loss"] for result in results.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "layers/mlp/up/kernel" in runs.open_result(tmp_path / "all" / "best")[1]
+
+
 def test_a_run_leaves_what_explains_it(
     tiny_model: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

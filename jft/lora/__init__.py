@@ -26,6 +26,7 @@ from jft.lora.spec import Factors as Factors
 from jft.lora.spec import Spec as Spec
 from jft.lora.spec import check as check
 from jft.lora.spec import init as init
+from jft.lora.spec import neutral as neutral
 from jft.lora.spec import partition_spec as partition_spec
 from jft.lora.trees import Savings as Savings
 from jft.lora.trees import join as join

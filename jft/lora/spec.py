@@ -194,6 +194,23 @@ def _fresh(spec: Spec, path: str, leaf: Any, layout: str, key: jax.Array) -> Fac
     )
 
 
+def neutral(adapters: Mapping[str, Factors], params: Any) -> Adapters:
+    """Adapters like these under which the function is the base's: it need not be compiled again without them.
+
+    An update of zero; with DoRA, the norms of the weights as magnitudes, which is the base up to rounding.
+    """
+    leaves = tree.flatten(params)
+    out = {}
+    for path, factors in adapters.items():
+        a, b = jnp.zeros_like(factors.a), jnp.zeros_like(factors.b)
+        magnitude = factors.magnitude
+        if magnitude is not None:
+            norms = dora.norms(leaves[path], a, b, factors.scale, factors.layout)
+            magnitude = norms.astype(magnitude.dtype)
+        out[path] = dataclasses.replace(factors, a=a, b=b, magnitude=magnitude)
+    return out
+
+
 def partition_spec(factors: Factors, leaf: jax.P) -> Factors:
     """The PartitionSpecs of the factors, in their places: each dimension is sharded as the leaf's is, RANK never."""
     axes = (*leaf, *(None,) * (len(factors.layout) - len(leaf)))

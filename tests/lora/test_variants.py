@@ -121,6 +121,19 @@ def test_dora_norms_of_a_bfloat16_stack_are_exact() -> None:
     np.testing.assert_allclose(fresh.magnitude, want, rtol=1e-6)  # float32 sums of 40 squares
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_neutral_adapters_are_the_base(name: str, use_dora: bool, x64: None) -> None:
+    f, params, fresh, x = case(name, use_dora=use_dora)
+    adapters = filled(fresh)
+    got = lora.transform(f)(params, lora.neutral(adapters, params), x)
+    if use_dora:
+        close(got, f(params, x))
+    else:
+        np.testing.assert_array_equal(got, f(params, x))
+    assert np.abs(lora.transform(f)(params, adapters, x) - f(params, x)).max() > 1e-3
+
+
 def test_dora_leaves_an_output_of_zeros_alone() -> None:
     """As of the unused rows of a padded vocabulary."""
     params = {"w": jnp.ones((5, 7)).at[:, 2].set(0)}
