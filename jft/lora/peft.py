@@ -307,12 +307,8 @@ def _part(file: _File, module: str, inputs: int, outputs: int) -> _Part:
                 f"{file.where}: {key} has shape {own[kind].shape}, but r={rank} in {CONFIG_FILE} and this base ask"
                 f" for {shape}"
             )
-    magnitude = own[_MAGNITUDE]
-    if magnitude is not None and not (magnitude > 0).all():
-        raise errors.UserError(
-            f"{file.where}: {_PREFIX}{module}{_MAGNITUDE} holds {magnitude.min()}: a norm is above 0"
-        )
-    return _Part(own[_A].T, own[_B].T, scale, magnitude)
+    # A magnitude starts as a norm, but training may take it anywhere, and that of an output of zeros is 0.
+    return _Part(own[_A].T, own[_B].T, scale, own[_MAGNITUDE])
 
 
 def _stack(
