@@ -127,10 +127,8 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         einsum = matmul.for_training(jax.default_backend())
         loss = step.full_loss(model.config, remat=c.remat, dtype=c.model.dtype, einsum=einsum)
         trainable, frozen = model.params, {}
-    if not c.lora.rank and c.optim.lora_plus_ratio != 1:
-        raise errors.UserError(
-            f"optim.lora_plus_ratio={c.optim.lora_plus_ratio} without an adapter (lora.rank=0)"
-        )
+    if not c.lora.rank:
+        _check_no_adapter(c)
     optimizer = optim.optimizer(optim.Optim(**c.optim), steps)
     # Not the key of `lora.init`.
     dropout_key = jax.random.fold_in(jax.random.key(c.seed), 1) if c.lora.dropout else None
@@ -164,6 +162,16 @@ def _lora(c: config_dict.ConfigDict, model: models.Model) -> tuple[Any, Any, ste
     if mode == "auto":
         mode = "merged" if jax.default_backend() == "cpu" else "factored"
     return adapters, model.params, step.lora_loss(model.config, remat=c.remat, mode=mode)
+
+
+def _check_no_adapter(c: config_dict.ConfigDict) -> None:
+    """Raises UserError for what is asked of an adapter where every weight is trained."""
+    base = configuration.base()
+    keys = ("lora.exclude", "lora.dropout", "lora.use_rslora", "lora.use_dora")
+    for key in (*keys, "optim.lora_plus_ratio"):
+        room, name = key.split(".")
+        if c[room][name] != base[room][name]:
+            raise errors.UserError(f"{key}={c[room][name]} without an adapter (lora.rank=0)")
 
 
 def _micro_batch(asked: int, batch_size: int, length: int) -> int:

@@ -235,6 +235,25 @@ def test_bad_settings_are_named(
     assert "line 3" in run_cli(capsys, f"--config={broken}")
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["lora.dropout=1.5"], "lora.dropout=1.5: 0 or more, below 1"),
+        (["lora.exclude=nothing"], "lora.exclude='nothing' matches no parameter"),
+        (["lora.exclude=.*"], "lora.exclude='.*' excludes every target"),
+        (["optim.lora_plus_ratio=0.0"], "optim.lora_plus_ratio=0.0: it must be above 0"),
+        (["lora.mode=fast"], "lora mode 'fast': it must be one of factored, hidden, merged"),
+        (["lora.rank=0", "lora.use_dora=True"], "lora.use_dora=True without an adapter"),
+        (["lora.rank=0", "lora.dropout=0.1"], "lora.dropout=0.1 without an adapter"),
+        (["lora.rank=0", "optim.lora_plus_ratio=4.0"], "lora_plus_ratio=4.0 without an adapter"),
+    ],
+)
+def test_adapter_settings_that_make_no_sense_are_named(
+    flags: list[str], told: str, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in run_cli(capsys, config_file, *(f"--config.{flag}" for flag in flags))
+
+
 def test_a_template_that_fails_is_told_with_the_row(
     config_file: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
