@@ -6,6 +6,7 @@ adapters give the same bytes.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -58,12 +59,27 @@ def load(path: str | pathlib.Path, params: Any) -> spec.Adapters:
         )
     adapters = {
         leaf: _factors(leaf, saved, tensors, path)
-        for leaf, saved in json.loads(metadata[FORMAT]).items()
+        for leaf, saved in _header(metadata[FORMAT], path).items()
     }
     if tensors:
         raise errors.UserError(f"{path}: holds {min(tensors)}, which its header does not know")
     spec.check(adapters, params)
     return adapters
+
+
+def _header(text: str, path: pathlib.Path) -> dict[str, Any]:
+    """{leaf: what is said of it}."""
+    try:
+        header = json.loads(text)
+        for saved in header.values():
+            good = saved.keys() == {"scale", "layout", "dropout"} and isinstance(
+                saved["layout"], str
+            )
+            if not good or not math.isfinite(saved["scale"]) or not 0 <= saved["dropout"] < 1:
+                raise ValueError(f"it says {saved}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise errors.UserError(f"{path}: its header is damaged: {error}") from error
+    return header
 
 
 def _factors(

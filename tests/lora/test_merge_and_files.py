@@ -114,6 +114,11 @@ def _edit(path: pathlib.Path, change: Any) -> None:
     path.write_bytes(safetensors_numpy.save(tensors, metadata))
 
 
+def _say(path: pathlib.Path, header: str) -> None:
+    tensors, metadata = _tensors(path)
+    path.write_bytes(safetensors_numpy.save(tensors, dict.fromkeys(metadata, header)))
+
+
 DAMAGE: dict[str, tuple[Any, str]] = {
     "absent": (lambda p: p.unlink(), "no such file"),
     "cut": (lambda p: p.write_bytes(p.read_bytes()[:-9]), "not a readable safetensors file"),
@@ -121,6 +126,15 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "no header of ours": (
         lambda p: p.write_bytes(safetensors_numpy.save(_tensors(p)[0], {"format": "pt"})),
         "no adapter of jft.lora.save",
+    ),
+    "header of no JSON": (lambda p: _say(p, "{"), "its header is damaged"),
+    "header without a scale": (
+        lambda p: _say(p, '{"layer/w": {"layout": "io", "dropout": 0.0}}'),
+        "its header is damaged: it says {'layout'",
+    ),
+    "scale that is no number": (
+        lambda p: _say(p, '{"layer/w": {"scale": "1", "layout": "io", "dropout": 0.0}}'),
+        "its header is damaged",
     ),
     "missing": (lambda p: _edit(p, lambda t: t.pop("layer/w/b")), "layer/w/b is missing"),
     "extra": (lambda p: _edit(p, lambda t: t.update(x=np.ones(2))), "holds x, which its header"),
