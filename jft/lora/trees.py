@@ -21,18 +21,14 @@ def split(params: Any, targets: str) -> tuple[Any, Any]:
 
     Args:
       params: a pytree.
-      targets: a pattern over path names; it must match something.
+      targets: a pattern over path names; it must match something, and nothing quantised.
     """
-    chosen = set(tree.match(targets, tree.flatten(params), "targets"))
-    parts = []
-    for inside in (True, False):
-        parts.append(
-            jax.tree_util.tree_map_with_path(
-                lambda path, x, inside=inside: x if (tree.name(path) in chosen) == inside else None,
-                params,
-            )
-        )
-    return parts[0], parts[1]
+    leaves = tree.flatten(params)
+    chosen = tree.match(targets, leaves, "targets")
+    if packed := [path for path in chosen if tree.is_quantized(leaves[path])]:
+        raise errors.UserError(f"split: {packed[0]} is quantised and cannot be trained whole")
+    frozen = tree.replace(params, dict.fromkeys(chosen))
+    return tree.replace(params, {path: None for path in leaves if path not in chosen}), frozen
 
 
 def join(*parts: Any) -> Any:
@@ -44,7 +40,7 @@ def join(*parts: Any) -> Any:
             raise errors.UserError(f"join: a leaf is in {len(present)} of the parts, not in one")
         return present[0]
 
-    return jax.tree.map(only, *parts, is_leaf=lambda x: x is None)
+    return jax.tree.map(only, *parts, is_leaf=lambda x: x is None or tree.is_quantized(x))
 
 
 def stack(adapters: Sequence[Mapping[str, spec.Factors]]) -> spec.Adapters:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jft import errors, lora
+from jft import errors, lora, quant
 
 # Both sides are double-precision sums of tens of terms of order 1, in another order.
 close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
@@ -300,6 +300,18 @@ def test_split_and_join() -> None:
     assert grads["layer"]["kernel"] is None
     with pytest.raises(errors.UserError, match="in 2 of the parts"):
         lora.join(params, frozen)
+
+
+def test_split_of_a_quantised_base() -> None:
+    q = quant.quantize(jnp.ones((2, 64)), "int8")
+    params = {"kernel": q, "scale": jnp.ones(3)}
+    for back in (
+        lora.join(*lora.split(params, "scale")),
+        lora.join(*lora.split(params, "scale")[::-1]),
+    ):
+        assert back["kernel"] is q
+    with pytest.raises(errors.UserError, match="kernel is quantised"):
+        lora.split(params, ".*")
 
 
 def test_savings_are_what_init_makes() -> None:
