@@ -22,8 +22,8 @@ def cpu_einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`jnp.einsum(equation, x, w)` whose gradient of w stays on XLA's fast CPU kernels.
 
     Those take a left operand that lies in memory as [rows, contracted]. The gradient x^T g that autodiff makes has x
-    the other way round, and in bfloat16 it was 6 times slower for that; turning x first costs 3 % of the product.
-    A 135M decoder's full fine-tuning step went from 17.4 s to 7.3 s in bfloat16 and from 12.4 s to 11.2 s in float32
+    the other way round: 29 ms for a bfloat16 product of 1536 x 512 x 576 inside a step, where 5 will do. Turning x
+    first costs 0.15 to 0.5 ms of such a product. A 135M decoder's full fine-tuning step went from 17.4 s to 7.3 s in bfloat16 and from 12.4 s to 11.2 s in float32
     (jax 0.12, 2 cores, 8 rows of 256).
 
     Args:

@@ -2,7 +2,7 @@
 """The transform: interprets a function's jaxpr and rewrites every use of an adapted leaf.
 
 Equations that touch no adapted leaf are re-emitted as they are. Structural ones turn a view into a view
-(`jft.lora.rules`), products consume it (`jft.lora.emit`), control flow is rebuilt with the public combinators
+(`jft.lora.rules`), products consume it (`jft.lora.products`, emitted by `jft.lora.emit`), control flow is rebuilt with the public combinators
 (`jft.lora.control`). Anything else would need W + scale * A B itself: an error, unless allowed.
 """
 

@@ -87,7 +87,7 @@ def merge(
       params: the base; it is not changed.
       adapters: {path: Factors}.
       dtype: of the adapted leaves afterwards; None keeps each one's own.
-      min_cosine: refuse when a rounded update points elsewhere than this: bfloat16 keeps 0.65 of an update of 0.1 %
+      min_cosine: refuse when a rounded update points elsewhere than this: bfloat16 keeps 0.66 of an update of 0.1 %
         of the weights, where the adapter kept apart loses nothing. 0 merges whatever is left.
 
     Raises:

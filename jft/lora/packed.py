@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from jft import tree
+
 Change = Callable[[jax.Array], jax.Array]
 
 
@@ -49,8 +51,9 @@ class Packed:
 
 def pack(leaf: Any) -> Any:
     """A leaf as a view's base."""
-    quantized = hasattr(leaf, "dequantize")
-    return Packed(leaf, (), tuple(leaf.shape), leaf.dtype) if quantized else leaf
+    if not tree.is_quantized(leaf):
+        return leaf
+    return Packed(leaf, (), tuple(leaf.shape), leaf.dtype)
 
 
 def dense(w: Any) -> jax.Array:
@@ -85,9 +88,3 @@ def product(base: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: 
     if not isinstance(w, Packed):
         return base(x, w)
     return jax.checkpoint(lambda x, w: base(x, w.dense()))(x, w)
-
-
-def unit(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Layout and factor shapes of an update of rank 0: a quantised leaf without an adapter is tracked like the others."""
-    layout = "i" * (len(shape) - 1) + "o"
-    return layout, (*shape[:-1], 0), (0, shape[-1])

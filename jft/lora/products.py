@@ -98,21 +98,31 @@ def _axes(x: views.Part, first: views.Part) -> tuple[Any, dict[int, Any]]:
     return sharding.mesh, axes
 
 
+def _labels(
+    view: views.View, ndim: int, contracted: Any, batched: Any
+) -> tuple[tuple[int, ...], list[int], set[int]]:
+    """The labels of an operand with `ndim` dimensions that meets W, those of the batch, and those summed over.
+
+    `contracted` and `batched` are each (the operand's dimensions, W's).
+    """
+    labels = [-1 - i for i in range(ndim)]
+    for i, j in zip((*contracted[0], *batched[0]), (*contracted[1], *batched[1]), strict=True):
+        labels[i] = view.labels[j]
+    batch = [view.labels[j] for j in batched[1]]
+    return tuple(labels), batch, {view.labels[j] for j in contracted[1]}
+
+
 def dot(view: views.View, ndim: int, w_on_left: bool, params: dict[str, Any]) -> emit.Product:
     """`dot_general` of W and an operand with `ndim` dimensions."""
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
     if w_on_left:
         left, right, left_batch, right_batch = right, left, right_batch, left_batch
-    x_labels = [-1 - i for i in range(ndim)]
-    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
-        x_labels[i] = view.labels[j]
-    summed = {view.labels[j] for j in right}
-    batch = [view.labels[j] for j in right_batch]
+    x_labels, batch, summed = _labels(view, ndim, (left, right), (left_batch, right_batch))
     x_rest = [n for n in x_labels if n not in summed and n not in batch]
     w_rest = [n for n in view.labels if n not in summed and n not in batch]
     y_labels = (*batch, *w_rest, *x_rest) if w_on_left else (*batch, *x_rest, *w_rest)
     b_first = not summed & set(view.a.labels)
-    one = _Dot(tuple(x_labels), y_labels, b_first, params, view)
+    one = _Dot(x_labels, y_labels, b_first, params, view)
     plain = functools.partial(lax.dot_general, **params)
     base = (lambda x, w: plain(w, x)) if w_on_left else plain
     return emit.Product(base, one.low, one.pullback, one.x_labels, one.y_labels)
@@ -126,18 +136,17 @@ def ragged(
     None for the other kinds: rows are ragged, not the contracted dimension.
     """
     numbers = params["ragged_dot_dimension_numbers"]
-    (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
     if len(numbers.rhs_group_dimensions) != 1 or params["group_offset"] is not None:
         return None
     group = view.labels[numbers.rhs_group_dimensions[0]]
     (rows,) = numbers.lhs_ragged_dimensions
-    if group not in view.a.labels or group not in view.b.labels or rows in left:
+    if (
+        group not in view.a.labels
+        or group not in view.b.labels
+        or rows in numbers.dot_dimension_numbers[0][0]
+    ):
         return None
-    x_labels = [-1 - i for i in range(ndim)]
-    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
-        x_labels[i] = view.labels[j]
-    summed = {view.labels[j] for j in right}
-    batch = [view.labels[j] for j in right_batch]
+    x_labels, batch, summed = _labels(view, ndim, *numbers.dot_dimension_numbers)
     rest = [n for n in (*x_labels, *view.labels) if n not in summed and n not in batch]
     y_labels = (*batch, *(n for n in rest if n != group))
     b_first = not summed & set(view.a.labels)
@@ -164,14 +173,14 @@ def ragged(
             views.Part(b.astype(dtype), view.b.labels),
         ]
         first, second = factors[::-1] if b_first else factors
-        thin = times(views.Part(x.astype(dtype), tuple(x_labels)), first)
+        thin = times(views.Part(x.astype(dtype), x_labels), first)
         thin = views.Part((view.scale * thin.array).astype(dtype), thin.labels)
         return times(thin, second).arrange(y_labels)
 
     def base(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.ragged_dot_general(x, w, sizes, numbers, **options)
 
-    return emit.Product(base, low, None, tuple(x_labels), y_labels)
+    return emit.Product(base, low, None, x_labels, y_labels)
 
 
 _GATHER = (

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jft.lora import dora, packed, spec
+from jft.lora import dora, layouts, packed, spec
 
 RANK = 0
 _labels = itertools.count(1)
@@ -131,10 +131,7 @@ class View:
 def make(path: str, w: jax.Array, factors: spec.Factors) -> View:
     """The view of a whole leaf."""
     labels = tuple(fresh() for _ in factors.layout)
-    batch, inputs, outputs = (
-        tuple(n for n, kind in zip(labels, factors.layout, strict=True) if kind == letter)
-        for letter in "bio"
-    )
+    batch, inputs, outputs = layouts.split(factors.layout, labels)
     gain = None
     if factors.magnitude is not None:
         gain = Part(dora.gain(w, factors), (*batch, *outputs))
@@ -151,12 +148,10 @@ def make(path: str, w: jax.Array, factors: spec.Factors) -> View:
 
 
 def track(path: str, w: Any) -> View:
-    """The view of a quantised leaf that has no adapter: its update has rank 0."""
-    layout, a_shape, b_shape = packed.unit(w.shape)
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
-    return make(
-        path, w, spec.Factors(jnp.zeros(a_shape, dtype), jnp.zeros(b_shape, dtype), 0.0, layout)
-    )
+    """The view of a quantised leaf that has no adapter: its update has rank 0, and any layout will do."""
+    layout = "i" * (w.ndim - 1) + "o"
+    a_shape, b_shape, _ = spec.shapes(layout, w.shape, rank=0)
+    return make(path, w, spec.Factors(jnp.zeros(a_shape), jnp.zeros(b_shape), 0.0, layout))
 
 
 def contract(
