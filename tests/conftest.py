@@ -47,6 +47,20 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def quick_compiles() -> Iterator[None]:
+    """Without most of XLA's optimisations, for float64 comparisons of many small programs that each run once.
+
+    What depends on how a program is compiled (bits, bytes, goldens in float32) is tested with them.
+    """
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model folder: a random decoder of two layers with a ChatML tokenizer. Do not write into it."""

@@ -27,7 +27,7 @@ SPEC = lora.Spec(rank=3, alpha=6, targets=r"layers/.*kernel", layouts=decoder.LA
 # float64 sums in another order differ in the last digits only.
 EXACT = 1e-12
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
 def make_batch(B: int = 4, T: int = 24) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ In float64: the value and the adapters' gradients are those of the function of m
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,15 +24,6 @@ from jft import lora
 RTOL = 1e-10
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
-
-
-@pytest.fixture
-def quick_compiles() -> Iterator[None]:
-    """XLA's optimisations would take longer than all that runs here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

@@ -108,6 +108,7 @@ def test_as_tight_as_by_hand() -> None:
     assert got == want
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_by_hand_is_the_same_function(x64: None) -> None:
     params, adapters, tokens = make()
     noise = jax.random.normal(jax.random.key(2), (10**6,), "float64")

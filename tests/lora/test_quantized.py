@@ -66,6 +66,7 @@ def loss(f: Callable, mode: str) -> Callable:
     return lambda adapters, params, x: jnp.sin(g(params, adapters, x)).sum()
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("mode", lora.MODES)
 @pytest.mark.parametrize("kind", quant.KINDS)

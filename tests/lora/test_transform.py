@@ -229,6 +229,7 @@ def check_equal(f: Callable, g: Callable, params: Any, adapters: Any, *args: Any
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(want_grads[0])), "gradients are seen"
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("mode", lora.MODES)
 @pytest.mark.parametrize("name", FACTORED)
 def test_equals_the_merged_function(name: str, mode: str, x64: None) -> None:

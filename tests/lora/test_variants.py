@@ -75,6 +75,7 @@ def dora_by_hand(w: jax.Array, factors: lora.Factors) -> jax.Array:
     return jnp.expand_dims(factors.magnitude, axes) * direction / norm
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("mode", lora.MODES)
 @pytest.mark.parametrize("name", MODELS)
 def test_27_dora(name: str, mode: str, x64: None) -> None:
