@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding with a cache of keys and values: `prefill` reads prompts, `step` adds one token to each row.
+
+Layers that see a window keep a window: their part of the cache is a ring in which position p lies in slot p modulo
+its length. Rows are told apart by positions alone, so prompts may be padded on either side. Weights stay stacked and
+are read in place, one layer at a time.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jft.models import architecture, decoder, layers, rope
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values"],
+    meta_fields=["stretched"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values so far.
+
+    Attributes:
+      keys, values: one array [layers of the kind, B, slots, K, H] for each of the model's kinds of layers.
+      stretched: whether LongRoPE's divisors for long sequences hold: decided once for prompt and answer together, for
+        keys in the cache cannot be turned again.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    stretched: bool
+
+
+def init_cache(
+    c: architecture.Config, batch: int, slots: int, dtype: Any, *, length: int | None = None
+) -> Cache:
+    """A cache of nothing yet.
+
+    Args:
+      c: the model.
+      batch: rows.
+      slots: the most positions that a row can get to; layers with a window keep no more than it.
+      dtype: of keys and values: that of the activations.
+      length: of the longest row when it is finished, where `slots` is more than that.
+    """
+    counts = [0] * len(c.kinds)
+    for index in range(c.num_layers):
+        counts[c.kind(index)] += 1
+    shapes = [
+        (count, batch, min(slots, kind.window or slots), c.num_kv_heads, c.head_dim)
+        for kind, count in zip(c.kinds, counts, strict=True)
+    ]
+    long = rope.needs_lengths(c) and (length or slots) > rope.original_length(c)
+    keys, values = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
+    return Cache(keys, values, long)
+
+
+def prefill(
+    c: architecture.Config,
+    params: decoder.Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    valid_BT: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    """Reads prompts into an empty cache.
+
+    Args:
+      c, params: the model.
+      tokens_BT: prompts, padded on either side.
+      positions_BT: 0, 1, ... over each row's tokens; whatever in padding.
+      valid_BT: where there is a token.
+      cache: empty.
+
+    Returns:
+      Hidden states x_BTD, after the last norm, and the cache.
+    """
+    B = tokens_BT.shape[0]
+    row_B1 = jnp.arange(B)[:, None]
+    length_B1 = jnp.sum(valid_BT, axis=1, keepdims=True)
+    masks = [decoder.mask(kind, positions_BT, valid_BT.astype(jnp.int32)) for kind in c.kinds]
+
+    def attend(kind: int, index: jax.Array, cache: Cache, q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        slots = cache.keys[kind].shape[2]
+        kept = valid_BT & (positions_BT >= length_B1 - slots)
+        slot_BT = jnp.where(kept, positions_BT % slots, slots)  # beyond the end: dropped
+        put = lambda old, new: old.at[index, row_B1, slot_BT].set(new, mode="drop")  # noqa: E731
+        return layers.attend(c, q, k, v, masks[kind], sinks), _put(cache, kind, put, k, v)
+
+    return _layers(c, params, tokens_BT, positions_BT, cache, attend)
+
+
+def step(
+    c: architecture.Config,
+    params: decoder.Params,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    """Hidden states x_BD of one new token per row, which sees the cache and itself; the cache with it in."""
+    row_B = jnp.arange(token_B.shape[0])
+
+    def attend(kind: int, index: jax.Array, cache: Cache, q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        slots = cache.keys[kind].shape[2]
+        put = lambda old, new: old.at[index, row_B, position_B % slots].set(new[:, 0])  # noqa: E731
+        cache = _put(cache, kind, put, k, v)
+        # A slot holds the last position that falls on it: none before the first round is over.
+        age_BS = (position_B[:, None] - jnp.arange(slots)) % slots
+        seen_BTS = (age_BS <= position_B[:, None])[:, None]
+        held = [
+            lax.dynamic_index_in_dim(part[kind], index, keepdims=False)
+            for part in (cache.keys, cache.values)
+        ]
+        return layers.attend(c, q, *held, seen_BTS, sinks), cache
+
+    x_BTD, cache = _layers(c, params, token_B[:, None], position_B[:, None], cache, attend)
+    return x_BTD[:, 0], cache
+
+
+def _put(cache: Cache, kind: int, put: Any, k: jax.Array, v: jax.Array) -> Cache:
+    def replaced(parts: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+        return (*parts[:kind], put(parts[kind], new.astype(parts[kind].dtype)), *parts[kind + 1 :])
+
+    return dataclasses.replace(
+        cache, keys=replaced(cache.keys, k), values=replaced(cache.values, v)
+    )
+
+
+def _layers(
+    c: architecture.Config,
+    params: decoder.Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Cache,
+    attend: Any,
+) -> tuple[jax.Array, Cache]:
+    """All layers, each with its own part of the cache.
+
+    The loop goes over whole rounds of the pattern, so that within it each layer's kind, and with it the size of its
+    cache, is known to the compiler; what is left of the pattern follows the loop.
+    """
+    x_BTD = decoder.embed(c, params, tokens_BT, positions_BT)
+    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    stretched_BT = jnp.full(tokens_BT.shape, cache.stretched)
+    contexts = [
+        layers.Context(*decoder.tables(c, kind, positions_BT, stretched_BT, wide))
+        for kind in c.kinds
+    ]
+    definition = decoder.block(c)
+    period = len(c.pattern)
+    kinds = [c.kind(place) for place in range(period)]
+
+    def layer(carry: Any, index: Any, place: int, round_: Any) -> Any:
+        x_BTD, cache = carry
+        kind = kinds[place]
+        mine = round_ * kinds.count(kind) + kinds[:place].count(kind)
+        own = jax.tree.map(
+            lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), params["layers"]
+        )
+        keep = functools.partial(attend, kind, mine, cache)
+        x_BTD, cache, _ = nnx.merge(definition, own)(x_BTD, contexts[kind], keep)
+        return x_BTD, cache
+
+    def whole(carry: Any, round_: jax.Array) -> tuple[Any, None]:
+        for place in range(period):
+            carry = layer(carry, round_ * period + place, place, round_)
+        return carry, None
+
+    rounds, rest = divmod(c.num_layers, period)
+    carry = (x_BTD, cache)
+    if rounds:
+        carry, _ = lax.scan(whole, carry, jnp.arange(rounds))
+    for place in range(rest):
+        carry = layer(carry, rounds * period + place, place, rounds)
+    x_BTD, cache = carry
+    return decoder.final_norm(c, params, x_BTD), cache
