@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers from a model, with an adapter or without: greedy or sampled, streamed or in batches.
 
-Prompts of different lengths are padded on the right and each row keeps its own position: a decoded token overwrites
-the padding's slot in the key/value cache before anything attends to it.
+Prompts of different lengths are padded on the right and each row keeps its own position; padding never gets into the
+cache of keys and values.
 """
 
 import copy
@@ -18,7 +18,7 @@ from jax import lax
 
 from jft import errors, lora, models
 from jft.data import chat
-from jft.models import decoder
+from jft.models import architecture, decoder, decoding
 
 # Lengths are rounded up to these, so that a chat that grows does not compile anew at every turn.
 PROMPT_STEP, CACHE_STEP = 32, 128
@@ -75,12 +75,13 @@ class Generator:
         self.model = model
         self.adapters = dict(adapters or {})
         self.stop = frozenset(chat.stop_tokens(model.tokenizer))
-        logits = lora.transform(functools.partial(_logits, model.config))
-        self._prefill = jax.jit(functools.partial(_prefill, logits), static_argnames="sampling")
+        read = lora.transform(functools.partial(_read, model.config))
+        self._prefill = jax.jit(functools.partial(_prefill, read), static_argnames="sampling")
+        following = lora.transform(functools.partial(_following, model.config))
         self._advance = jax.jit(
-            functools.partial(_advance, logits),
+            functools.partial(_advance, following),
             static_argnames=("count", "sampling"),
-            donate_argnames="decoding",
+            donate_argnames="state",
         )
 
     def with_adapters(self, adapters: lora.Adapters) -> "Generator":
@@ -91,14 +92,14 @@ class Generator:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Token ids of one answer as they come, without the stop token."""
-        decoding = self._start([prompt], sampling)
+        state = self._start([prompt], sampling)
         for produced in range(1, sampling.max_new_tokens + 1):
-            token = int(decoding.token_B[0])
+            token = int(state.token_B[0])
             if token in self.stop:
                 return
             yield token
             if produced < sampling.max_new_tokens:
-                decoding, _ = self._step(decoding, 1, sampling)
+                state, _ = self._step(state, 1, sampling)
 
     def stream_text(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """The answer's text in pieces; a character that several tokens make up comes when it is whole."""
@@ -120,13 +121,13 @@ class Generator:
 
         `width` pads prompts to at least so many tokens: batches of one width share a compiled program.
         """
-        decoding = self._start(prompts, sampling, width)
-        columns = [np.asarray(decoding.token_B)[:, None]]
+        state = self._start(prompts, sampling, width)
+        columns = [np.asarray(state.token_B)[:, None]]
         done = np.isin(columns[0], list(self.stop)).any(axis=1)
         left = sampling.max_new_tokens - 1
         while left > 0 and not done.all():
             count = min(STRIDE, left)
-            decoding, tokens_BT = self._step(decoding, count, sampling)
+            state, tokens_BT = self._step(state, count, sampling)
             columns.append(np.asarray(tokens_BT))
             done |= np.isin(columns[-1], list(self.stop)).any(axis=1)
             left -= count
@@ -156,20 +157,26 @@ class Generator:
         tokens_BT = np.zeros((len(prompts), T), np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             row[: len(prompt)] = prompt
-        slots = _round_up(max(longest, width) + sampling.max_new_tokens, CACHE_STEP)
+        finished = max(longest, width) + sampling.max_new_tokens
         dtype = self.model.params["embed"]["embedding"].dtype
-        cache = decoder.init_cache(self.model.config, len(prompts), slots, dtype)
+        cache = decoding.init_cache(
+            self.model.config,
+            len(prompts),
+            _round_up(finished, CACHE_STEP),
+            dtype,
+            length=longest + sampling.max_new_tokens,
+        )
         key = jax.random.key(sampling.seed)
         chosen = _choice(sampling)
         return self._prefill(
             self.model.params, self.adapters, tokens_BT, lengths, cache, key, sampling=chosen
         )
 
-    def _step(self, decoding: _Decoding, count: int, sampling: Sampling) -> Any:
+    def _step(self, state: _Decoding, count: int, sampling: Sampling) -> Any:
         return self._advance(
             self.model.params,
             self.adapters,
-            decoding=decoding,
+            state=state,
             count=count,
             sampling=_choice(sampling),
         )
@@ -184,62 +191,70 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _logits(
-    c: decoder.Config,
+def _read(
+    c: architecture.Config,
     params: decoder.Params,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    last_B: jax.Array,
-    cache: Any,
-) -> tuple[jax.Array, Any]:
-    """Logits_BV after the token at column last_B of each row, and the cache."""
-    x_BTD, cache = decoder.decode(c, params, tokens_BT, positions_BT, cache)
-    x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return decoder.head(params, x_BD), cache
+    lengths_B: jax.Array,
+    cache: decoding.Cache,
+) -> tuple[jax.Array, decoding.Cache]:
+    """Logits_BV after each row's last token, and the cache; rows are padded on the right."""
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    valid_BT = positions_BT < lengths_B[:, None]
+    x_BTD, cache = decoding.prefill(c, params, tokens_BT, positions_BT, valid_BT, cache)
+    x_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
+    return decoder.head(c, params, x_BD), cache
+
+
+def _following(
+    c: architecture.Config,
+    params: decoder.Params,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    cache: decoding.Cache,
+) -> tuple[jax.Array, decoding.Cache]:
+    """Logits_BV after one more token per row, and the cache."""
+    x_BD, cache = decoding.step(c, params, token_B, position_B, cache)
+    return decoder.head(c, params, x_BD), cache
 
 
 def _prefill(
-    logits: Any,
+    read: Any,
     params: Any,
     adapters: Any,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
-    cache: Any,
+    cache: decoding.Cache,
     key: jax.Array,
     *,
     sampling: Sampling,
 ) -> _Decoding:
-    B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    logits_BV, cache = logits(params, adapters, tokens_BT, positions_BT, lengths_B - 1, cache)
+    logits_BV, cache = read(params, adapters, tokens_BT, lengths_B, cache)
     key, now = jax.random.split(key)
     return _Decoding(cache, choose(logits_BV, sampling, key=now), lengths_B, key)
 
 
 def _advance(
-    logits: Any,
+    following: Any,
     params: Any,
     adapters: Any,
     *,
-    decoding: _Decoding,
+    state: _Decoding,
     count: int,
     sampling: Sampling,
 ) -> tuple[_Decoding, jax.Array]:
     """`count` more tokens of each row: [B, count]."""
 
     def body(d: _Decoding, _: None) -> tuple[_Decoding, jax.Array]:
-        # A row that has stopped goes on writing behind its end, which nobody reads; stay inside the cache.
-        position_B = jnp.minimum(d.position_B, d.cache[0].shape[2] - 1)
-        last_B = jnp.zeros_like(position_B)
-        logits_BV, cache = logits(
-            params, adapters, d.token_B[:, None], position_B[:, None], last_B, d.cache
-        )
+        # A row that has stopped goes on behind its end, in slots that nobody reads.
+        logits_BV, cache = following(params, adapters, d.token_B, d.position_B, d.cache)
         key, now = jax.random.split(d.key)
         token_B = choose(logits_BV, sampling, key=now)
-        return _Decoding(cache, token_B, position_B + 1, key), token_B
+        return _Decoding(cache, token_B, d.position_B + 1, key), token_B
 
-    decoding, tokens_TB = lax.scan(body, decoding, length=count)
-    return decoding, tokens_TB.T
+    state, tokens_TB = lax.scan(body, state, length=count)
+    return state, tokens_TB.T
 
 
 def choose(logits_BV: jax.Array, sampling: Sampling, *, key: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from ml_collections import config_dict
 from jft import checkpoint, errors, lora, matmul, models, optim, runs, step, summary, tree
 from jft import config as configuration
 from jft.data import batches, chat, load
-from jft.models import decoder
+from jft.models import architecture, decoder
 
 # Tokens in one forward pass on a CPU: more costs memory and brings no speed. SmolLM2-135M on 2 cores with 256, 512 and
 # 1,024 tokens: 216, 220 to 240 and 229 tokens/s in 1.8, 2.4 and 3.5 GB.
@@ -151,7 +151,7 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
 
 def _lora(c: config_dict.ConfigDict, model: models.Model) -> tuple[Any, Any, step.Loss]:
     keys = ("rank", "alpha", "targets", "exclude", "dropout", "use_rslora", "use_dora")
-    spec = lora.Spec(**{k: c.lora[k] for k in keys}, layouts=decoder.LAYOUTS)
+    spec = lora.Spec(**{k: c.lora[k] for k in keys}, layouts=architecture.LAYOUTS)
     adapters = lora.init(spec, model.params, key=jax.random.key(c.seed))
     lora.peft.check_writable(adapters, model.module_names)
     if c.lora.dropout and "head/kernel" in adapters:

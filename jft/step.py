@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from jft import lora, losses, matmul
-from jft.models import decoder
+from jft.models import architecture, decoder
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
@@ -46,13 +46,13 @@ def head_part(tree: Any) -> Any:
     return {"head": tree["head"]} if "head" in tree else {"embed": tree["embed"]}
 
 
-def lora_loss(c: decoder.Config, *, remat: str = "none", mode: str = "factored") -> Loss:
+def lora_loss(c: architecture.Config, *, remat: str = "none", mode: str = "factored") -> Loss:
     """loss(adapters, params, batch) -> (sum of nats, number of trained tokens).
 
     Where the batch holds a `dropout_key`, the adapters' dropout is on.
     """
     hidden = lora.transform(functools.partial(decoder.hidden, c, remat=remat), mode=mode)
-    adapted_head = lora.transform(decoder.head)
+    adapted_head = lora.transform(functools.partial(decoder.head, c))
 
     def loss(adapters: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         body = {k: v for k, v in adapters.items() if k != "head/kernel"}
@@ -73,7 +73,7 @@ def lora_loss(c: decoder.Config, *, remat: str = "none", mode: str = "factored")
 
 
 def full_loss(
-    c: decoder.Config,
+    c: architecture.Config,
     *,
     remat: str = "none",
     dtype: Any = None,
@@ -91,7 +91,7 @@ def full_loss(
         inputs = (batch["tokens"], batch["positions"], batch["segments"])
         x_BTD = decoder.hidden(c, params, *inputs, remat=remat, einsum=einsum)
         return losses.cross_entropy(
-            lambda params, _, x: decoder.head(params, x),
+            lambda params, _, x: decoder.head(c, params, x),
             head_part(params),
             {},
             x_BTD,

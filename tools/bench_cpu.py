@@ -135,7 +135,7 @@ def run_jft(flags: argparse.Namespace, path: str) -> dict[str, Any]:
 
     from jft import lora, matmul, models, optim, step
     from jft.data import batches, chat
-    from jft.models import decoder
+    from jft.models import architecture
 
     stored = np.load(path)
     ends = np.cumsum(stored["lengths"])[:-1]
@@ -146,7 +146,7 @@ def run_jft(flags: argparse.Namespace, path: str) -> dict[str, Any]:
     model = models.load("smollm2-135m-instruct", dtype=stored)
     if flags.mode == "lora":
         spec = lora.Spec(
-            rank=RANK, alpha=2.0 * RANK, targets=r"layers/.*/kernel", layouts=decoder.LAYOUTS
+            rank=RANK, alpha=2.0 * RANK, targets=r"layers/.*/kernel", layouts=architecture.LAYOUTS
         )
         trainable, frozen = lora.init(spec, model.params, key=jax.random.key(0)), model.params
         loss = step.lora_loss(model.config, mode="merged")

@@ -7,7 +7,8 @@ PEFT itself ignores much of it in silence. Saving is reproducible: the same adap
 saved, read and saved again too.
 
 A table `names` connects torch modules with our leaves: {"model.layers.3.self_attn.q_proj": ("layers/attention/query/
-kernel", 3)}, layer None for a leaf that is not stacked.
+kernel", 3)}, layer None for a leaf that is not stacked. Where experts are stacked under layers, the number counts
+through both.
 """
 
 import dataclasses
@@ -118,9 +119,9 @@ def _check_layers(
     path: str, layout: str, shape: Sequence[int], layers: Sequence[int | None]
 ) -> None:
     """Raises UserError unless the modules cover the leaf: each layer once, or the whole as one."""
-    stacked = layout[0] == "b"
-    want = set(range(shape[0])) if stacked else {None}
-    if layout.count("b") > stacked or len(layers) != len(want) or set(layers) != want:
+    stacked = layout.count("b")
+    want = set(range(math.prod(shape[:stacked]))) if stacked else {None}
+    if len(layers) != len(want) or set(layers) != want:
         raise errors.UserError(
             f"{path}: layout {layout!r} and shape {tuple(shape)} are not the {len(layers)} modules that the table of"
             " names has for it"
@@ -140,9 +141,11 @@ def _check_alike(key: str, values: Mapping[str, Any]) -> None:
 def _module_tensors(module: str, factors: spec.Factors, layer: int | None) -> dict[str, np.ndarray]:
     """One module's tensors as torch has them, [out, in]."""
 
+    stacked = factors.layout.count("b")
+
     def own(x: Any) -> np.ndarray:
         x = np.asarray(x, np.float32)
-        return x if layer is None else x[layer]
+        return x if layer is None else x.reshape(-1, *x.shape[stacked:])[layer]
 
     a, b = own(factors.a), own(factors.b)
     tensors: dict[str, np.ndarray] = {}

@@ -10,7 +10,7 @@ import jax
 
 from jft import errors
 from jft.lora import peft, spec
-from jft.models import decoder, gguf, hf, llama, resolve
+from jft.models import architecture, decoder, families, gguf, hf, resolve
 
 DTYPES = ("float32", "bfloat16")
 
@@ -28,7 +28,7 @@ class Model:
     """
 
     name: str
-    config: decoder.Config
+    config: architecture.Config
     params: decoder.Params
     tokenizer: Any
     fingerprint: str
@@ -45,12 +45,12 @@ class Model:
 
     @functools.cached_property
     def module_names(self) -> peft.Names:
-        """Torch module names and the leaf and layer that each one is here."""
-        return {m: (w.path, layer) for m, (w, layer) in llama.modules(self.config).items()}
+        """Torch module names, and for each its leaf and its place in the stacked layers (and experts)."""
+        return families.modules(self.config)
 
     def load_adapter(self, folder: str | pathlib.Path) -> spec.Adapters:
         """An adapter in PEFT's format, strictly; raises UserError where it does not fit this base."""
-        return peft.load(folder, self.module_names, self.params, decoder.LAYOUTS)
+        return peft.load(folder, self.module_names, self.params, architecture.LAYOUTS)
 
 
 def check_dtype(dtype: str) -> None:

@@ -189,9 +189,10 @@ class Config:
 
     @property
     def rope(self) -> Rope | None:
-        """That of the layers that see everything, or of the first."""
-        whole = [layer for layer in self.pattern if layer.window is None and layer.rope]
-        return (whole or list(self.pattern))[0].rope
+        """That of the layers that see everything, or of any that turn; None where none does."""
+        turning = [layer for layer in self.pattern if layer.rope]
+        whole = [layer for layer in turning if layer.window is None]
+        return (whole or turning)[0].rope if turning else None
 
 
 # Which dimensions of each kernel are stacked layers and experts (b), inputs (i) and outputs (o): what `jft.lora` needs

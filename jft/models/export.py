@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from jft import tree
-from jft.models import decoder, llama
+from jft.models import architecture, families
 
 
-def save(folder: str | pathlib.Path, config: decoder.Config, params: Any, tokenizer: Any) -> None:
+def save(folder: str | pathlib.Path, config: architecture.Config, params: Any, tokenizer: Any) -> None:
     """Writes the folder; tensors keep the parameters' dtype.
 
     Args:
@@ -26,11 +26,10 @@ def save(folder: str | pathlib.Path, config: decoder.Config, params: Any, tokeni
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
     tensors = {}
-    for name, (weight, layer) in llama.tensors(config).items():
-        leaf = leaves[weight.path]
-        array = leaf if layer is None else leaf[layer]
-        tensors[name] = np.ascontiguousarray(weight.to_hf(array, config))
-    settings = llama.to_hf(config) | {"dtype": str(leaves["embed/embedding"].dtype)}
+    for name, (weight, index) in families.tensors(config).items():
+        array = leaves[weight.path][index]
+        tensors[name] = np.ascontiguousarray(weight.to_file(array, config))
+    settings = families.to_hf(config) | {"dtype": str(leaves["embed/embedding"].dtype)}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings[key] = getattr(tokenizer, key)
     safetensors_numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from jft import errors
-from jft.models import decoder, fingerprint, gguf_file, gguf_tokenizer, hf, llama
+from jft.models import (
+    architecture,
+    decoder,
+    families,
+    fingerprint,
+    gguf_file,
+    gguf_tokenizer,
+    hf,
+)
 
 _LAYER = "model.layers.{layer}."
 _NAMES: dict[str, str] = {
@@ -59,7 +67,7 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
 }
 
 
-def load(path: str | pathlib.Path, dtype: Any) -> tuple[decoder.Config, decoder.Params, str]:
+def load(path: str | pathlib.Path, dtype: Any) -> tuple[architecture.Config, decoder.Params, str]:
     """A model from its file; as `hf.load`.
 
     Args:
@@ -76,7 +84,7 @@ def load(path: str | pathlib.Path, dtype: Any) -> tuple[decoder.Config, decoder.
     file = gguf_file.read(path)
     config = _config(file)
     stored = _match(config, file)
-    rows = llama.tensors(config)
+    rows = families.tensors(config)
 
     def fetch(name: str) -> np.ndarray:
         values = _dequantise(stored[name], file.path)
@@ -90,7 +98,7 @@ def load(path: str | pathlib.Path, dtype: Any) -> tuple[decoder.Config, decoder.
     return config, params, fingerprint.compute(raw)
 
 
-def read_config(path: str | pathlib.Path) -> decoder.Config:
+def read_config(path: str | pathlib.Path) -> architecture.Config:
     """The configuration alone."""
     return _config(gguf_file.read(path))
 
@@ -101,7 +109,7 @@ def tokenizer(path: str | pathlib.Path) -> Any:
     return gguf_tokenizer.build(file.metadata, str(path))
 
 
-def _config(file: gguf_file.File) -> decoder.Config:
+def _config(file: gguf_file.File) -> architecture.Config:
     found = file.metadata.get("general.architecture")
     if found != "llama":
         raise errors.UserError(
@@ -130,7 +138,7 @@ def _config(file: gguf_file.File) -> decoder.Config:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise errors.UserError(f"{file.path}: token_embd.weight is missing")
-    return decoder.Config(
+    return architecture.Config(
         vocab_size=_count(meta, "vocab_size", file, default=embedding.shape[0]),
         d_model=D,
         num_layers=_count(meta, "block_count", file),
@@ -139,8 +147,9 @@ def _config(file: gguf_file.File) -> decoder.Config:
         head_dim=H,
         d_ff=_count(meta, "feed_forward_length", file),
         max_length=_count(meta, "context_length", file),
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(meta, file, theta, H),
+        pattern=(
+            architecture.Layer(architecture.Rope(theta, _rope_scaling(meta, file, theta, H))),
+        ),
         norm_eps=_shortest(_required(meta, "attention.layer_norm_rms_epsilon", file)),
         tie_embeddings="output.weight" not in file.tensors,
     )
@@ -174,14 +183,14 @@ def _shortest(value: float) -> float:
 
 def _rope_scaling(
     meta: dict[str, Any], file: gguf_file.File, theta: float, head_dim: int
-) -> decoder.RopeScaling | None:
+) -> architecture.Scaling | None:
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 0.0)) or 1.0
     kind = meta.get("rope.scaling.type", "linear")  # llama.cpp's default where a factor stands
     if kind not in ("none", "linear"):
         raise errors.UserError(f"{file.path}: llama.rope.scaling.type is {kind!r}: not implemented")
     linear = kind == "linear" and factor != 1.0
     if _ROPE_FACTORS not in file.tensors:
-        return decoder.RopeScaling("linear", _shortest(factor)) if linear else None
+        return architecture.Linear(_shortest(factor)) if linear else None
     if linear:
         raise errors.UserError(f"{file.path}: has {_ROPE_FACTORS} and linear scaling as well")
     return _llama3_scaling(
@@ -191,11 +200,11 @@ def _rope_scaling(
 
 def _llama3_scaling(
     factors: np.ndarray, theta: float, head_dim: int, file: gguf_file.File
-) -> decoder.RopeScaling | None:
+) -> architecture.Scaling | None:
     """The rule behind a file's divisors of the frequencies: llama.cpp stores only those."""
     if np.all(factors == 1.0):
         return None
-    scaling = decoder.RopeScaling("llama3", factor=float(factors.max()))
+    scaling = architecture.Llama3(float(factors.max()))
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     turns = scaling.original_max_length * frequencies / (2 * np.pi)  # within the first context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -210,11 +219,11 @@ def _llama3_scaling(
     return scaling
 
 
-def _match(config: decoder.Config, file: gguf_file.File) -> dict[str, gguf_file.Tensor]:
+def _match(config: architecture.Config, file: gguf_file.File) -> dict[str, gguf_file.Tensor]:
     """Each expected tensor, by its Hugging Face name; nothing missing, misshapen or left over."""
     found: dict[str, gguf_file.Tensor] = {}
-    for name, (weight, layer) in llama.tensors(config).items():
-        own = _NAMES[weight.name].format(layer=layer)
+    for name, (weight, index) in families.tensors(config).items():
+        own = _NAMES[weight.name].format(layer=index[0] if index else None)
         if own not in file.tensors:
             raise errors.UserError(f"{file.path}: {own} is missing")
         tensor, shape = file.tensors[own], weight.stored_shape(config)

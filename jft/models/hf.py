@@ -16,15 +16,15 @@ import ml_dtypes
 import numpy as np
 
 from jft import errors, tree
-from jft.models import decoder, fingerprint, llama, safetensors
+from jft.models import architecture, decoder, families, fingerprint, safetensors
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS = 128  # rows cast, checked and turned at once: small enough for the cache, 2.4 times faster
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old releases saved
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
 
-def load(folder: str | pathlib.Path, dtype: Any) -> tuple[decoder.Config, decoder.Params, str]:
+def load(folder: str | pathlib.Path, dtype: Any) -> tuple[architecture.Config, decoder.Params, str]:
     """A model from its folder.
 
     Args:
@@ -46,20 +46,20 @@ def load(folder: str | pathlib.Path, dtype: Any) -> tuple[decoder.Config, decode
     params = assemble(
         config, dtype, lambda name: stored[name].values(), lambda name: stored[name].where
     )
-    used = [stored[name] for name in llama.tensors(config)]
+    used = [stored[name] for name in families.tensors(config)]
     return config, params, fingerprint.compute({t.name: (t.dtype, t.shape, t.raw) for t in used})
 
 
-def read_config(folder: str | pathlib.Path) -> decoder.Config:
+def read_config(folder: str | pathlib.Path) -> architecture.Config:
     """The configuration alone."""
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise errors.UserError(f"{folder}: no config.json{_hint(pathlib.Path(folder))}")
-    return llama.from_hf(_read_json(path), str(path))
+    return families.from_hf(_read_json(path), str(path))
 
 
 def assemble(
-    config: decoder.Config,
+    config: architecture.Config,
     dtype: Any,
     fetch: Callable[[str], np.ndarray],
     where: Callable[[str], str],
@@ -74,14 +74,12 @@ def assemble(
     """
     dtype = _float_dtype(dtype)
     leaves: dict[str, np.ndarray] = {}
-    for name, (weight, layer) in llama.tensors(config).items():
+    shapes = tree.flatten(decoder.shapes(config))
+    for name, (weight, index) in families.tensors(config).items():
         if weight.path not in leaves:
-            stack = (config.num_layers,) if weight.per_layer else ()
-            leaves[weight.path] = np.empty(stack + weight.shape(config), dtype)
-        leaf = leaves[weight.path]
-        target = leaf if layer is None else leaf[layer]
-        # `to_hf` of a contiguous array is a view (only whole axes move), so this fills the target.
-        _fill(weight.to_hf(target, config), fetch(name), where(name))
+            leaves[weight.path] = np.empty(shapes[weight.path].shape, dtype)
+        # `to_file` of a contiguous array is a view (only whole axes move), so this fills the target.
+        _fill(weight.to_file(leaves[weight.path][index], config), fetch(name), where(name))
     return tree.unflatten(leaves)
 
 
@@ -196,10 +194,10 @@ def _check_index(
 
 
 def _match(
-    config: decoder.Config, stored: Mapping[str, safetensors.Tensor], folder: pathlib.Path
+    config: architecture.Config, stored: Mapping[str, safetensors.Tensor], folder: pathlib.Path
 ) -> None:
     """Each expected tensor exactly once, in its shape, and nothing else."""
-    expected = llama.tensors(config)
+    expected = families.tensors(config)
     missing = [name for name in expected if name not in stored]
     if missing:
         why = "; is tie_word_embeddings of config.json right?" if missing == [_HEAD] else ""
@@ -217,7 +215,8 @@ def _match(
             if tensor.dtype not in safetensors.FLOATS:
                 raise errors.UserError(f"{tensor.where}: stored as {tensor.dtype}, not a float")
         elif name == _HEAD:
-            _refuse_other_head(tensor, stored[_EMBEDDING])
+            embedding = next(n for n, (w, _) in expected.items() if w.path == "embed/embedding")
+            _refuse_other_head(tensor, stored[embedding])
         elif not _HARMLESS.fullmatch(name):
             raise errors.UserError(f"{tensor.where}: config.json asks for no such tensor")
 
@@ -227,7 +226,7 @@ def _refuse_other_head(head: safetensors.Tensor, embedding: safetensors.Tensor) 
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
     if not same or not np.array_equal(head.raw, embedding.raw):
         raise errors.UserError(
-            f"{head.where}: differs from {_EMBEDDING}, and config.json says tie_word_embeddings"
+            f"{head.where}: differs from {embedding.name}, and config.json says tie_word_embeddings"
         )
 
 
