@@ -79,9 +79,8 @@ def greedy(
     B = len(tokens_BT)
     lengths_B = mask_BT.sum(axis=1)
     positions_BT = np.maximum(np.cumsum(mask_BT, axis=1) - 1, 0)
-    cache = decoding.init_cache(
-        config, B, int(lengths_B.max()) + count, params["embed"]["embedding"].dtype
-    )
+    positions = int(lengths_B.max()) + count - 1  # the last token is chosen, not read
+    cache = decoding.init_cache(config, B, positions, params["embed"]["embedding"].dtype)
     x_BTD, cache = decoding.prefill(
         config, params, tokens_BT, positions_BT, mask_BT.astype(bool), cache
     )
