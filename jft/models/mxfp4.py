@@ -23,6 +23,7 @@ def dequantise(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
       float32 [..., blocks * 32].
     """
     codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], BLOCK)
-    power = np.where(scales == 255, np.nan, np.ldexp(np.float32(1), scales.astype(int) - _BIAS))
-    values = _TABLE[codes] * power[..., None].astype(np.float32)
+    power = np.ldexp(np.float32(1), np.minimum(scales, 254).astype(int) - _BIAS)
+    power = np.where(scales == 255, np.float32(np.nan), power)
+    values = _TABLE[codes] * power[..., None]
     return values.reshape(*blocks.shape[:-2], -1)
