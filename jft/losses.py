@@ -53,9 +53,7 @@ def cross_entropy(
     return total, weights_M.sum()
 
 
-def load_balance(
-    chosen_LE: jax.Array, probability_LE: jax.Array, tokens_L: jax.Array
-) -> jax.Array:
+def load_balance(chosen_LE: jax.Array, probability_LE: jax.Array, tokens_L: jax.Array) -> jax.Array:
     """The router's load-balance loss: E times the sum over experts of share times probability; top_k when even.
 
     Equations 4 to 6 of https://arxiv.org/abs/2101.03961, with the shares and the probabilities taken over all layers
