@@ -18,7 +18,7 @@ import jft
 from jft import errors, lora, runs, sources, tree
 from jft.data import chat, load
 from jft.lora import peft
-from jft.models import architecture, export, families, names
+from jft.models import architecture, export, families, names, shards
 
 FORMATS = ("hf", "gguf")
 _KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -209,8 +209,7 @@ def _stop(base: sources.Base) -> set[int]:
 def _write_gguf(target: Target, base: sources.Base, record: Mapping[str, Any]) -> dict[str, Any]:
     from jft.models import gguf_export
 
-    widest = jnp.result_type(*{leaf.dtype for leaf in tree.flatten(base.params).values()}).name
-    dtype = target.dtype or widest
+    dtype = target.dtype or shards.widest(x.dtype for x in tree.flatten(base.params).values())
     if dtype not in _KINDS:
         raise errors.UserError(f"{base.name}: is {dtype}; a .gguf needs --dtype={'|'.join(_KINDS)}")
     report = gguf_export.save(target.out, base.config, base.params, base.tokenizer, _KINDS[dtype])

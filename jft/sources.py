@@ -11,7 +11,17 @@ import numpy as np
 
 from jft import errors, runs, tree
 from jft.lora import peft
-from jft.models import architecture, decoder, families, gguf, gguf_file, hf, resolve, safetensors
+from jft.models import (
+    architecture,
+    decoder,
+    families,
+    gguf,
+    gguf_file,
+    hf,
+    resolve,
+    safetensors,
+    shards,
+)
 
 # ggml's types that are floats and no blocks.
 _GGUF_FLOATS = {0: "float32", 1: "float16", 30: "bfloat16", 28: "float64"}
@@ -160,7 +170,7 @@ def _as_stored(folder: pathlib.Path) -> tuple[architecture.Config, decoder.Param
     for name, (weight, _) in families.tensors(hf.read_config(folder)).items():
         if name in stored:  # what is missing or no float is told by hf.load
             own[weight.path] = jnp.promote_types(stored[name], own.get(weight.path, stored[name]))
-    widest = jnp.result_type(*own.values()).name if own else "float32"
+    widest = shards.widest(own.values())
     config, params, fingerprint = hf.load(folder, widest)
     leaves = tree.flatten(params)
     return (

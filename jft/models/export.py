@@ -7,7 +7,6 @@ like a model.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -114,10 +113,14 @@ def check_target(folder: str | pathlib.Path, *, force: bool = False) -> None:
     place = pathlib.Path(folder).expanduser().resolve()
     if not place.name:
         raise errors.UserError(f"{folder}: is no place for a model; name a new folder")
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+    above = next(path for path in (place, *place.parents) if path.exists())
+    if not above.is_dir():
+        what = "is a file; a model is a folder" if above == place else f"{above} is a file"
+        raise errors.UserError(f"{folder}: {what}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise errors.UserError(f"{folder}: {above} can't be written to")
+    if above != place or not any(place.iterdir()):
         return
-    if not place.is_dir():
-        raise errors.UserError(f"{folder}: is a file; a model is a folder")
     if (place / "adapter_config.json").exists():
         raise errors.UserError(f"{folder}: holds an adapter; write the model to another folder")
     if not force and _kind(place) not in ("model", "full"):
@@ -153,7 +156,7 @@ def _write(
     if len(files) > 1:
         placed = {tensor.name: file for file, own in files.items() for tensor in own}
         _write_json(part / _INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
-    widest = functools.reduce(jnp.promote_types, {tensor.dtype for tensor in tensors}).name
+    widest = shards.widest(tensor.dtype for tensor in tensors)
     # torch_dtype is what releases of transformers before 4.56 look for.
     described = families.to_hf(config) | {"dtype": widest, "torch_dtype": widest}
     # Null, too, where there is none: an absent id becomes the family's, which may lie beyond a small vocabulary.

@@ -2,6 +2,7 @@
 """Safetensors files, written one tensor at a time: the header first, for which shapes and dtypes are enough."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft import errors
@@ -27,6 +29,13 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def widest(dtypes: Iterable[Any]) -> str:
+    """The float type in which numbers of all these fit."""
+    # Not jnp.result_type, for which float64 is float32.
+    found = list(dtypes) or [jnp.float32]
+    return functools.reduce(jnp.promote_types, found, jnp.dtype(found[0])).name
 
 
 def split(tensors: Iterable[Tensor], limit: int) -> dict[str, list[Tensor]]:
