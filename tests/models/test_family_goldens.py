@@ -79,9 +79,8 @@ def greedy(
     B = len(tokens_BT)
     lengths_B = mask_BT.sum(axis=1)
     positions_BT = np.maximum(np.cumsum(mask_BT, axis=1) - 1, 0)
-    cache = decoding.init_cache(
-        config, B, int(lengths_B.max()) + count, params["embed"]["embedding"].dtype
-    )
+    positions = int(lengths_B.max()) + count - 1  # the last token is chosen, not read
+    cache = decoding.init_cache(config, B, positions, params["embed"]["embedding"].dtype)
     x_BTD, cache = decoding.prefill(
         config, params, tokens_BT, positions_BT, mask_BT.astype(bool), cache
     )
@@ -108,13 +107,23 @@ def test_generation_with_the_cache_equals_argmax_without(
             for x in (tokens, mask)
         )
     if rope.needs_lengths(config):
-        # One choice of LongRoPE's divisors for prompt and answer together: compare where the length never crosses.
-        crossing = mask.sum(axis=1) + want.shape[1] > rope.original_length(config)
-        keep = np.flatnonzero(~crossing)
-        tokens, mask, want = tokens[keep], mask[keep], want[keep]
-        assert len(keep), "no row stays under the original length"
+        # LongRoPE's divisors are chosen once for prompt and answer: compare up to where transformers changes them.
+        count = rope.original_length(config) - int(mask.sum(axis=1).max()) + 1
+        assert count > 2
+        want = want[:, :count]
     got = greedy(config, params, tokens, mask, want.shape[1])
     np.testing.assert_array_equal(got, want, f"{case}: {REMAKE}")
+
+
+def test_generation_beyond_longrope_s_original_length(x64: None, quick_compiles: None) -> None:
+    config, params, golden = load("phi3_longrope", "float64")
+    prompt = golden["tokens_right"][:1, : rope.original_length(config) + 1]
+    rows, apply = prompt, functools.partial(decoder.apply, config)
+    for _ in range(4):
+        following = apply(params, rows)[:, -1].argmax(-1)
+        rows = np.concatenate([rows, following[:, None]], axis=1)
+    got = greedy(config, params, prompt, np.ones_like(prompt), 4)
+    np.testing.assert_array_equal(got, rows[:, prompt.shape[1] :])
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "gemma3"])
@@ -135,7 +144,7 @@ def test_gradients_of_the_loss(case: str, x64: None, quick_compiles: None) -> No
         return total / weight
 
     value, grads = jax.value_and_grad(loss)(params)
-    np.testing.assert_allclose(value, golden["loss"], rtol=1e-12, err_msg=REMAKE)
+    np.testing.assert_allclose(value, golden["loss"], rtol=1e-9, err_msg=REMAKE)
     leaves, rows = tree.flatten(grads), families.tensors(config)
     wanted = [key for key in golden if key.startswith("grad:")]
     assert len(wanted) > 5
@@ -156,11 +165,13 @@ def test_router_loss(case: str, x64: None, quick_compiles: None) -> None:
         config, params, golden["tokens_right"], golden["positions_right"], mask, mask
     )
     got = losses.load_balance(load_L.chosen_E, load_L.probability_E, load_L.tokens)
-    np.testing.assert_allclose(got, golden["router_loss"], rtol=1e-12, err_msg=REMAKE)
+    np.testing.assert_allclose(got, golden["router_loss"], rtol=1e-9, err_msg=REMAKE)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(case: str) -> None:
+def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(
+    case: str, quick_compiles: None
+) -> None:
     """Fused kernels, experts and routers too: the adapted model is the base bit for bit, and every B has a gradient."""
     config, params, golden = load(case, "float32")
     spec = lora.Spec(rank=2, targets=r"layers/.*/kernel", layouts=architecture.LAYOUTS)
@@ -168,6 +179,7 @@ def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(case: str) -
     inputs = (golden["tokens_right"], golden["positions_right"], golden["mask_right"].astype(int))
     apply = functools.partial(decoder.apply, config)
     adapted = lora.transform(apply)
+    # Without the compiler's fusions, in which a norm after a product rounds differently with the adapter beside it.
     base = jax.jit(apply)(params, *inputs)
     np.testing.assert_array_equal(jax.jit(adapted)(params, adapters, *inputs), base)
 
