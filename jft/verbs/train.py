@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jft train`."""
+
+import sys
+
+from jft.verbs import parsing
+
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+
+HELP = """\
+Fine-tunes a model as a configuration file says; goes on where the run's folder left off.
+
+example:
+  jft train --config=configs/sft.py:smollm2-135m --config.data.train=examples.jsonl --config.run_dir=runs/mine
+
+Every key of the configuration is a flag: --config.optim.learning_rate=1e-4. The keys, with their meaning, are in
+jft/config.py; `jft train --config=FILE --dry_run` prints their values.
+"""
+
+
+def run(arguments: list[str]) -> int:
+    parser = parsing.Parser("train", HELP)
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="a file with get_config(arg)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="move an existing run aside, start anew"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the configuration and stop")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    if {"-h", "--help"} & set(arguments):
+        parser.parse_args(["--help"])
+    config, origins, rest = parsing.read_config(arguments)
+    flags = parser.parse_args(rest)
+    if flags.dry_run:
+        from jft import config as configuration
+
+        for key, value in configuration.flatten(config).items():
+            print(f"{key:<28} {value!r:<64} {origins[key]}")
+        return 0
+    from jft import loop, summary
+
+    try:
+        result = loop.train(config, fresh=flags.fresh)
+    except loop.Interrupted as stop:
+        print(f"jft: {stop}", file=sys.stderr)
+        return INTERRUPTED
+    parsing.show(result, summary.render(result), flags.json)
+    return 0
