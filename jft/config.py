@@ -30,9 +30,7 @@ def base() -> config_dict.ConfigDict:
     c.lora = lora = config_dict.ConfigDict()
     lora.rank = 16  # r; 0 = no adapter: every weight is trained
     lora.alpha = 32.0  # the update is alpha / r * A B
-    lora.targets = (
-        r"layers/.*/(query|key|value|qkv|out|gate|up|gate_up|down)/kernel"  # regular expression over leaves
-    )
+    lora.targets = r"layers/.*/(query|key|value|qkv|out|gate|up|gate_up|down)/kernel"  # regular expression over leaves
     lora.exclude = ""  # of the targets, those to leave alone; "" = none
     lora.dropout = 0.0  # rate for the input of A in training
     lora.use_rslora = False  # alpha / sqrt(r) instead

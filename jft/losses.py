@@ -53,6 +53,22 @@ def cross_entropy(
     return total, weights_M.sum()
 
 
+def load_balance(chosen_LE: jax.Array, probability_LE: jax.Array, tokens_L: jax.Array) -> jax.Array:
+    """The router's load-balance loss: E times the sum over experts of share times probability; top_k when even.
+
+    Equations 4 to 6 of https://arxiv.org/abs/2101.03961, with the shares and the probabilities taken over all layers
+    together, as transformers does.
+
+    Args:
+      chosen_LE: how often each expert of each layer was chosen.
+      probability_LE: sums of the router's probabilities over the same tokens; what the gradient goes through.
+      tokens_L: how many tokens that were.
+    """
+    tokens = jnp.sum(tokens_L)
+    share_E, mean_E = (jnp.sum(x, axis=0) / tokens for x in (chosen_LE, probability_LE))
+    return chosen_LE.shape[-1] * jnp.sum(share_E * mean_E)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _summed(
     head: Head,

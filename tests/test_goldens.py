@@ -18,7 +18,7 @@ from safetensors import numpy as safetensors_numpy
 
 from jft import generate, lora, models, optim, step, tree
 from jft.lora import peft
-from jft.models import decoder, hf, llama
+from jft.models import architecture, decoder, families, hf
 
 ADVICE = "see the docstring of this file before touching a tolerance"
 # Largest error of a correct float32 implementation on these goldens, with a margin of two to three: 6.5e-5 on logits of
@@ -28,20 +28,20 @@ LOGITS_32, CURVE_32 = 2e-4, 1e-4
 LOGITS_64, CURVE_64 = 1e-8, 1e-7
 
 
-def load_tiny(folder: pathlib.Path, dtype: str) -> tuple[decoder.Config, Any]:
+def load_tiny(folder: pathlib.Path, dtype: str) -> tuple[architecture.Config, Any]:
     config, params, _ = hf.load(folder / "model", dtype)
     return config, jax.tree.map(jnp.asarray, params)
 
 
-def load_adapter(folder: pathlib.Path, c: decoder.Config, params: Any) -> lora.Adapters:
+def load_adapter(folder: pathlib.Path, c: architecture.Config, params: Any) -> lora.Adapters:
     """The adapter, in the dtype of the parameters."""
-    names = {m: (w.path, layer) for m, (w, layer) in llama.modules(c).items()}
-    adapters = peft.load(folder, names, params, decoder.LAYOUTS)
+    names = families.modules(c)
+    adapters = peft.load(folder, names, params, architecture.LAYOUTS)
     dtype = params["embed"]["embedding"].dtype
     return jax.tree.map(lambda x: x.astype(dtype), adapters)
 
 
-def check_logits(folder: pathlib.Path, c: decoder.Config, params: Any, atol: float) -> None:
+def check_logits(folder: pathlib.Path, c: architecture.Config, params: Any, atol: float) -> None:
     """Right-padded and left-padded rows; padding is segment 0, and its logits mean nothing."""
     batch = np.load(folder / "model_batch.npz")
     want = np.load(folder / "model_out_fp64.npz")
@@ -132,9 +132,8 @@ def check_full(folder: pathlib.Path, dtype: str, rtol: float) -> None:
     if dtype == "float64":
         leaves = {path: np.asarray(leaf) for path, leaf in tree.flatten(trained).items()}
         stored = safetensors_numpy.load_file(folder / "full_final.safetensors")
-        for name, (weight, layer) in llama.tensors(c).items():
-            leaf = leaves[weight.path] if layer is None else leaves[weight.path][layer]
-            got = weight.to_hf(leaf, c)
+        for name, (weight, index) in families.tensors(c).items():
+            got = weight.to_file(leaves[weight.path][index], c)
             np.testing.assert_allclose(got, stored[name], rtol=1e-7, atol=1e-8, err_msg=name)
 
 

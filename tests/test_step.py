@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jft import lora, losses, matmul, optim, step
-from jft.models import decoder
+from jft.models import architecture, decoder
 
-CONFIG = decoder.Config(
+CONFIG = architecture.Config(
     vocab_size=61,
     d_model=32,
     num_layers=2,
@@ -23,7 +23,7 @@ CONFIG = decoder.Config(
     max_length=64,
     tie_embeddings=True,
 )
-SPEC = lora.Spec(rank=3, alpha=6, targets=r"layers/.*kernel", layouts=decoder.LAYOUTS)
+SPEC = lora.Spec(rank=3, alpha=6, targets=r"layers/.*kernel", layouts=architecture.LAYOUTS)
 # float64 sums in another order differ in the last digits only.
 EXACT = 1e-12
 

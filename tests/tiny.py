@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jft.models import decoder, export
+from jft.models import architecture, decoder, export
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
@@ -40,7 +40,7 @@ def tokenizer() -> Any:
 def save(folder: pathlib.Path) -> None:
     """Writes the model's folder."""
     words = tokenizer()
-    config = decoder.Config(
+    config = architecture.Config(
         vocab_size=len(words),
         d_model=32,
         num_layers=2,

@@ -121,7 +121,8 @@ def _check_layers(
     """Raises UserError unless the modules cover the leaf: each layer once, or the whole as one."""
     stacked = layout.count("b")
     want = set(range(math.prod(shape[:stacked]))) if stacked else {None}
-    if len(layers) != len(want) or set(layers) != want:
+    leading = layout.startswith("b" * stacked)
+    if not leading or len(layers) != len(want) or set(layers) != want:
         raise errors.UserError(
             f"{path}: layout {layout!r} and shape {tuple(shape)} are not the {len(layers)} modules that the table of"
             " names has for it"

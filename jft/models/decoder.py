@@ -163,14 +163,10 @@ def tables(
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """sin_BTR and cos_BTR of the layers of a kind."""
-    return rope.tables(
-        kind.rope, c.rotary_dim or c.head_dim, positions_BT, stretched_BT, dtype
-    )
+    return rope.tables(kind.rope, c.rotary_dim or c.head_dim, positions_BT, stretched_BT, dtype)
 
 
-def mask(
-    kind: architecture.Layer, positions_BT: jax.Array, segments_BT: jax.Array
-) -> jax.Array:
+def mask(kind: architecture.Layer, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """[B, T, T]: causal, only within one segment, and only within the window."""
     T = segments_BT.shape[1]
     seen = jnp.tril(jnp.ones((T, T), bool)) & (segments_BT[:, :, None] == segments_BT[:, None, :])

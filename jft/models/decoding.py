@@ -87,7 +87,9 @@ def prefill(
     length_B1 = jnp.sum(valid_BT, axis=1, keepdims=True)
     masks = [decoder.mask(kind, positions_BT, valid_BT.astype(jnp.int32)) for kind in c.kinds]
 
-    def attend(kind: int, index: jax.Array, cache: Cache, q: Any, k: Any, v: Any, sinks: Any) -> Any:
+    def attend(
+        kind: int, index: jax.Array, cache: Cache, q: Any, k: Any, v: Any, sinks: Any
+    ) -> Any:
         slots = cache.keys[kind].shape[2]
         kept = valid_BT & (positions_BT >= length_B1 - slots)
         slot_BT = jnp.where(kept, positions_BT % slots, slots)  # beyond the end: dropped
@@ -107,7 +109,9 @@ def step(
     """Hidden states x_BD of one new token per row, which sees the cache and itself; the cache with it in."""
     row_B = jnp.arange(token_B.shape[0])
 
-    def attend(kind: int, index: jax.Array, cache: Cache, q: Any, k: Any, v: Any, sinks: Any) -> Any:
+    def attend(
+        kind: int, index: jax.Array, cache: Cache, q: Any, k: Any, v: Any, sinks: Any
+    ) -> Any:
         slots = cache.keys[kind].shape[2]
         put = lambda old, new: old.at[index, row_B, position_B % slots].set(new[:, 0])  # noqa: E731
         cache = _put(cache, kind, put, k, v)

@@ -101,7 +101,10 @@ class Experts(nnx.Module):
         if e.normalise:
             weight_MK = weight_MK / jnp.sum(weight_MK, axis=-1, keepdims=True)
         order = jnp.argsort(chosen_MK.reshape(-1), stable=True)
-        expert, sizes_E = chosen_MK.reshape(-1)[order], jnp.bincount(chosen_MK.ravel(), length=e.count)
+        expert, sizes_E = (
+            chosen_MK.reshape(-1)[order],
+            jnp.bincount(chosen_MK.ravel(), length=e.count),
+        )
         y = self._mlp(x_MD[order // e.top_k], expert, sizes_E.astype(jnp.int32), activate)
         y_MKD = y[jnp.argsort(order)].reshape(M, e.top_k, -1)
         y_MD = jnp.einsum("MKD,MK->MD", y_MKD, weight_MK.astype(y.dtype))

@@ -11,7 +11,9 @@ from jft import tree
 from jft.models import architecture, families
 
 
-def save(folder: str | pathlib.Path, config: architecture.Config, params: Any, tokenizer: Any) -> None:
+def save(
+    folder: str | pathlib.Path, config: architecture.Config, params: Any, tokenizer: Any
+) -> None:
     """Writes the folder; tensors keep the parameters' dtype.
 
     Args:

@@ -129,9 +129,7 @@ class Attention(nnx.Module):
         attended_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, sinks_N)
         return self.out(attended_BTNH, context), kept
 
-    def _heads(
-        self, x_BTD: jax.Array, context: Context
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _heads(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         if not self.config.fused:
             return self.query(x_BTD, context), self.key(x_BTD, context), self.value(x_BTD, context)
         N, K = self.config.num_heads, self.config.num_kv_heads

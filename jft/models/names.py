@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import math
-
 from collections.abc import Iterable, Mapping
 
 import numpy as np

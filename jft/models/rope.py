@@ -121,7 +121,5 @@ def original_length(c: architecture.Config) -> int:
     """The length beyond which a model that `needs_lengths` uses its long divisors."""
     ropes = [layer.rope for layer in c.kinds if layer.rope]
     return next(
-        r.scaling.original_max_length
-        for r in ropes
-        if isinstance(r.scaling, architecture.LongRope)
+        r.scaling.original_max_length for r in ropes if isinstance(r.scaling, architecture.LongRope)
     )

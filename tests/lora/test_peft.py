@@ -20,7 +20,7 @@ from safetensors import numpy as safetensors_numpy
 
 from jft import errors, lora, quant, tree
 from jft.lora import dora, peft, peft_config
-from jft.models import decoder, hf, llama
+from jft.models import architecture, decoder, families, hf
 
 # PEFT's logits and ours are float32 sums of up to 96 terms of order 1 in another order: 2e-7 was seen.
 ATOL = 1e-5
@@ -32,7 +32,7 @@ REFUSED = {
     "lm_head_target": "lm_head.base_layer.weight",
 }
 TARGETS = r"layers/.*/kernel"
-CONFIG = decoder.Config(
+CONFIG = architecture.Config(
     vocab_size=23,
     d_model=12,
     num_layers=2,
@@ -45,16 +45,18 @@ CONFIG = decoder.Config(
 )
 
 
-def names_of(c: decoder.Config) -> dict[str, tuple[str, int | None]]:
-    return {m: (w.path, layer) for m, (w, layer) in llama.modules(c).items()}
+def names_of(c: architecture.Config) -> dict[str, tuple[str, int | None]]:
+    return families.modules(c)
 
 
-def adapted_logits(c: decoder.Config, params: Any, adapters: lora.Adapters, tokens: Any) -> Any:
+def adapted_logits(
+    c: architecture.Config, params: Any, adapters: lora.Adapters, tokens: Any
+) -> Any:
     return lora.transform(lambda p, t: decoder.apply(c, p, t))(params, adapters, tokens)
 
 
-def load(folder: pathlib.Path, params: Any, c: decoder.Config = CONFIG) -> lora.Adapters:
-    return peft.load(folder, names_of(c), params, decoder.LAYOUTS)
+def load(folder: pathlib.Path, params: Any, c: architecture.Config = CONFIG) -> lora.Adapters:
+    return peft.load(folder, names_of(c), params, architecture.LAYOUTS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,9 @@ def params() -> Any:
 def random_adapters(params: Any, targets: str = TARGETS, **spec: Any) -> lora.Adapters:
     """All factors random, so that each tensor of the file matters."""
     fresh = lora.init(
-        lora.Spec(targets=targets, layouts=decoder.LAYOUTS, **spec), params, key=jax.random.key(1)
+        lora.Spec(targets=targets, layouts=architecture.LAYOUTS, **spec),
+        params,
+        key=jax.random.key(1),
     )
     leaves, structure = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -112,7 +116,7 @@ def edit_tensors(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]],
     safetensors_numpy.save_file(tensors, path)
 
 
-def golden_base(shared: pathlib.Path) -> tuple[pathlib.Path, decoder.Config, Any]:
+def golden_base(shared: pathlib.Path) -> tuple[pathlib.Path, architecture.Config, Any]:
     folder = shared / "golden" / "peft"
     c, params, _ = hf.load(folder / "base_llama", "float32")
     return folder, c, jax.tree.map(jnp.asarray, params)

@@ -18,7 +18,7 @@ from safetensors import numpy as safetensors_numpy
 
 from jft import errors, lora, tree
 from jft.lora import peft, peft_config
-from jft.models import decoder, hf, llama
+from jft.models import architecture, decoder, families, hf
 
 Damage = Callable[[pathlib.Path], Any]
 Tensors = dict[str, np.ndarray]
@@ -40,16 +40,16 @@ velora_config
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    config: decoder.Config
+    config: architecture.Config
     params: Any
     names: peft.Names
 
     def load(self, folder: pathlib.Path) -> lora.Adapters:
-        return peft.load(folder, self.names, self.params, decoder.LAYOUTS)
+        return peft.load(folder, self.names, self.params, architecture.LAYOUTS)
 
 
-def base_of(c: decoder.Config, params: Any) -> Base:
-    names = {m: (w.path, layer) for m, (w, layer) in llama.modules(c).items()}
+def base_of(c: architecture.Config, params: Any) -> Base:
+    names = families.modules(c)
     return Base(c, params, names)
 
 
@@ -73,7 +73,7 @@ def good(base: Base, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         spec = lora.Spec(
             rank=RANK,
             targets=r"layers/.*/kernel",
-            layouts=decoder.LAYOUTS,
+            layouts=architecture.LAYOUTS,
             use_dora=name == "dora",
         )
         adapters = lora.init(spec, base.params, key=jax.random.key(1))

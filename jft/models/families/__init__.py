@@ -81,7 +81,9 @@ def _family(config: Mapping[str, Any], where: str) -> family.Family:
     if named is None:
         own = FAMILIES.get(str(model_type))
         if own is None:
-            raise errors.UserError(f"{where}: model_type is {model_type!r}; implemented are {_known()}")
+            raise errors.UserError(
+                f"{where}: model_type is {model_type!r}; implemented are {_known()}"
+            )
         return own
     by_class = {own.architecture: own for own in FAMILIES.values()}
     if not isinstance(named, list) or len(named) != 1 or named[0] not in by_class:

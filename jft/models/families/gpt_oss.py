@@ -18,7 +18,9 @@ def read(s: settings.Settings) -> architecture.Config:
         s, fields["head_dim"], fields["max_length"], theta=150000.0
     )
     if found.scaling is None and not rope_settings.section(s):
-        raise s.refuse("rope_scaling is missing: without it the family's own would have to be guessed")
+        raise s.refuse(
+            "rope_scaling is missing: without it the family's own would have to be guessed"
+        )
     s.only("hidden_act", "silu")
     biased = s.flag("attention_bias", default=True)
     sliding = s.sliding(L, [i % 2 == 0 for i in range(L)])
@@ -82,9 +84,7 @@ WEIGHTS = names.table(
         names.Weight(
             _MLP + "experts.down_proj", "layers/experts/down/kernel", ("E", "F", "D"), "EFD"
         ),
-        names.Weight(
-            _MLP + "experts.down_proj_bias", "layers/experts/down/bias", ("E", "D"), "ED"
-        ),
+        names.Weight(_MLP + "experts.down_proj_bias", "layers/experts/down/bias", ("E", "D"), "ED"),
     ),
 )
 

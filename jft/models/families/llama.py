@@ -76,9 +76,7 @@ _LLAMA31 = architecture.Config(
     max_length=131072,
     pattern=_rope(500000.0, 8.0),
 )
-_LLAMA31_70B = dataclasses.replace(
-    _LLAMA31, d_model=8192, num_layers=80, num_heads=64, d_ff=28672
-)
+_LLAMA31_70B = dataclasses.replace(_LLAMA31, d_model=8192, num_layers=80, num_heads=64, d_ff=28672)
 _LLAMA32 = dataclasses.replace(
     _LLAMA31, pattern=_rope(500000.0, 32.0), d_ff=8192, tie_embeddings=True
 )

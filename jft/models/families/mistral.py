@@ -10,9 +10,7 @@ from jft.models.families import family, rope_settings, settings
 
 def _fields(s: settings.Settings, theta: float, eps: float) -> dict[str, Any]:
     fields = settings.common(s, eps=eps)
-    found, rotary_dim = rope_settings.read(
-        s, fields["head_dim"], fields["max_length"], theta=theta
-    )
+    found, rotary_dim = rope_settings.read(s, fields["head_dim"], fields["max_length"], theta=theta)
     window = None if s.get("sliding_window") is None else s.count("sliding_window")
     return fields | {
         "pattern": (architecture.Layer(found, window),),

@@ -93,7 +93,9 @@ _ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp.
 QWEN3_WEIGHTS = names.table(
     names.standard(),
     (
-        names.Weight(_ATTENTION + "q_norm.weight", "layers/attention/query_norm/scale", ("H",), "H"),
+        names.Weight(
+            _ATTENTION + "q_norm.weight", "layers/attention/query_norm/scale", ("H",), "H"
+        ),
         names.Weight(_ATTENTION + "k_norm.weight", "layers/attention/key_norm/scale", ("H",), "H"),
     ),
 )

@@ -66,9 +66,7 @@ def section(s: settings.Settings) -> Mapping[str, Any]:
     """The object that describes the rope, in either spelling."""
     old, new = s.get("rope_scaling"), s.get("rope_parameters")
     if old and new and old != new:
-        raise s.refuse(
-            f"rope_scaling {old!r} and rope_parameters {new!r} disagree; remove one"
-        )
+        raise s.refuse(f"rope_scaling {old!r} and rope_parameters {new!r} disagree; remove one")
     key, found = ("rope_scaling", old) if old else ("rope_parameters", new or {})
     if not isinstance(found, Mapping):
         raise s.refuse(f"{key} is {found!r}, not an object")
@@ -138,9 +136,7 @@ def _longrope(
         if len(values) != dim // 2:
             raise own.refuse(f"{key} has {len(values)} numbers for {dim // 2} frequencies")
         factors.append(tuple(float(x) for x in values))
-    return architecture.LongRope(
-        *factors, original, own.number("attention_factor", heat)
-    )
+    return architecture.LongRope(*factors, original, own.number("attention_factor", heat))
 
 
 def write(c: architecture.Config) -> dict[str, Any]:

@@ -98,7 +98,11 @@ class Settings:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.need(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise self.refuse(f"{key} is {value!r}, not a positive number")
         return float(value)
 
