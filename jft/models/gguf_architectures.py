@@ -69,7 +69,7 @@ _ALL = (
         mlp_bias=None,
         rope_tensors="freqs",
     ),
-    # Every fourth layer without rotary positions, whatever config.json said: see gguf_metadata.
+    # Every fourth layer without rotary positions, whatever config.json said: see gguf_config.
     Architecture("smollm3", ("smollm3",), paired=True),
     Architecture("qwen2", ("qwen2",), attention_bias=True, out_bias=False, square=True),
     Architecture("qwen3", ("qwen3",), {"qk_norm": "head"}),

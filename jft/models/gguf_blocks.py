@@ -82,5 +82,6 @@ def encode(array: np.ndarray, kind: str, where: str) -> np.ndarray:
     if not fits:
         if not np.isfinite(array).all():
             raise errors.UserError(f"{where}: has a value that is not finite")
-        raise errors.UserError(f"{where}: holds {largest:g}, too large for {kind}; write f32")
+        advice = "" if kind == "f32" else "; write f32"
+        raise errors.UserError(f"{where}: holds {largest:g}, too large for {kind}{advice}")
     return gguf.quants.quantize(values, gguf_type(kind))

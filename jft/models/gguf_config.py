@@ -21,6 +21,7 @@ _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "feed_forward_length": None,  # that of no layer, where experts have their own
     "pooling_type": (0,),
     "rope.dimension_count": None,
+    "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.finetuned": None,
     "tensor_data_layout": None,
     "use_parallel_residual": (False,),
@@ -158,8 +159,8 @@ def _layers(
         )
     rope = gguf_rope.read(keys, own, dim, fields["max_length"])
     if own.name == "smollm3":
-        turned = [(i + 1) % _NO_ROPE_EVERY != 0 for i in range(L)]
-        layers = [architecture.Layer(rope) if own else _WHOLE for own in turned]
+        turning = [(i + 1) % _NO_ROPE_EVERY != 0 for i in range(L)]
+        layers = [architecture.Layer(rope) if turns else _WHOLE for turns in turning]
     else:
         layers = list(_windows(keys, own, rope, L))
     return {"pattern": settings.pattern(layers), "rotary_dim": None if dim == H else dim}
@@ -182,7 +183,8 @@ def _windows(
     pattern = keys.get("attention.sliding_window_pattern", every)
     if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern >= 0:
         pattern = [pattern == 0 or (i + 1) % pattern != 0 for i in range(num_layers)]
-    if not isinstance(pattern, list) or len(pattern) != num_layers:
+    flags = isinstance(pattern, list) and all(slides in (0, 1) for slides in pattern)
+    if not flags or len(pattern) != num_layers:
         raise keys.refuse(
             f"{own.name}.attention.sliding_window_pattern is {gguf_keys.shown(pattern)}, "
             f"neither a number nor {num_layers} flags"

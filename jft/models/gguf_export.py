@@ -20,12 +20,8 @@ from jft.models import (
     gguf_rope,
 )
 
-_FILE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 32,
-    "q8_0": 7,
-}  # llama.cpp's numbers for general.file_type
+# llama.cpp's numbers for general.file_type.
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 _QUANTIZATION_VERSION = 2
 
 

@@ -86,4 +86,6 @@ def shown(value: Any) -> str:
 
 def shortest(value: float) -> float:
     """A float32 of the file as the decimal it was written from: 1e-05, not 9.99999974e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):
+        narrow = np.float32(value)
+    return float(str(narrow)) if float(narrow) == value else float(value)

@@ -118,6 +118,11 @@ def notes(c: architecture.Config) -> tuple[str, ...]:
         said.append(
             f"llama.cpp does not heed phi3's sliding window of {window} tokens, which the file states"
         )
+    if "attention.sliding_window_pattern" in _windows(c, own):
+        said.append(
+            "the layers with a window are not those that llama.cpp has built in: builds that do not read "
+            f"{own.name}.attention.sliding_window_pattern, such as b9190, compute something else"
+        )
     return tuple(said)
 
 

@@ -608,6 +608,19 @@ def test_a_window_where_there_is_no_word_for_it_ends_the_context(
     assert len(report.notes) == (window < 64)
 
 
+def test_layers_that_llama_cpp_would_not_guess_are_listed(tmp_path: pathlib.Path) -> None:
+    for pattern, listed in (
+        ((Layer(Rope(), 8), Layer()), False),
+        ((Layer(), Layer(Rope(), 8)), True),
+    ):
+        config = even(**GEMMA2, pattern=pattern)
+        report = save(tmp_path / "m.gguf", config, draw(config))
+        assert gguf.read_config(tmp_path / "m.gguf") == config
+        metadata = gguf_file.read(tmp_path / "m.gguf").metadata
+        assert ("gemma2.attention.sliding_window_pattern" in metadata) == listed
+        assert len(report.notes) == listed
+
+
 def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:
     config = even()
     save(tmp_path / "model-a.gguf", config, draw(config), "q8_0")
