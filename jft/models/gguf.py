@@ -45,12 +45,14 @@ def load(path: str | pathlib.Path, dtype: Any) -> tuple[architecture.Config, dec
     file = gguf_file.read(path)
     config = gguf_config.read(file)
     _match(config, file)
-    wanted = {name: _sources(config, *place) for name, place in families.tensors(config).items()}
+    tensors = families.tensors(config)
+    wanted = {name: _sources(config, *place) for name, place in tensors.items()}
 
     def fetch(name: str) -> np.ndarray:
-        weight, _ = families.tensors(config)[name]
         parts = [source.read(file, config) for source in wanted[name]]
-        return weight.to_file(parts[0] if len(parts) == 1 else np.stack(parts, -1), config)
+        return tensors[name][0].to_file(
+            parts[0] if len(parts) == 1 else np.stack(parts, -1), config
+        )
 
     def where(name: str) -> str:
         return f"{file.path}: {' and '.join(source.name for source in wanted[name])}"
