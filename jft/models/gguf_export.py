@@ -14,6 +14,7 @@ from jft import errors, tree
 from jft.models import (
     architecture,
     decoder,
+    gguf_architectures,
     gguf_blocks,
     gguf_metadata,
     gguf_names,
@@ -88,7 +89,8 @@ def save(
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
-    metadata |= _vocabulary(tokenizer, config.vocab_size, path)
+    vocabulary, unsaid = _vocabulary(tokenizer, config, path)
+    metadata |= vocabulary
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def save(
         part.unlink(missing_ok=True)
     kinds = collections.Counter(own.kind for own in planned)
     halved = [own.name for own in planned if kind == "q8_0" and own.kind == "f16"]
-    return Report(path, dict(kinds), tuple(halved), notes)
+    return Report(path, dict(kinds), tuple(halved), notes + unsaid)
 
 
 def _leaves(
@@ -185,10 +187,16 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _vocabulary(tokenizer: Any, vocab_size: int, path: pathlib.Path) -> Mapping[str, Any]:
-    """The tokenizer's keys."""
+def _vocabulary(
+    tokenizer: Any, config: architecture.Config, path: pathlib.Path
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The tokenizer's keys, and what they do not say."""
     if tokenizer is None:
-        return {"tokenizer.ggml.model": "none"}
+        return {"tokenizer.ggml.model": "none"}, ()
     from jft.models import gguf_vocabulary
 
-    return gguf_vocabulary.metadata(tokenizer, str(path), vocab_size=vocab_size)
+    own = gguf_architectures.of_family(config.family).name
+    keys, unsaid = gguf_vocabulary.metadata(
+        tokenizer, str(path), vocab_size=config.vocab_size, architecture=own
+    )
+    return keys, tuple(unsaid)
