@@ -20,6 +20,7 @@ from jft.models import (
     gguf_export,
     gguf_file,
     gguf_rope,
+    gguf_tokenizer,
     hf,
 )
 
@@ -635,3 +636,28 @@ def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:
     }
     with pytest.raises(errors.UserError, match="has no tokenizer"):
         gguf.tokenizer(tmp_path / "model-a.gguf")
+
+
+def test_a_tokenizer_goes_along(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("jft.models.gguf_vocabulary")
+    alphabet = sorted(set("abcdefghijklmnopqrstuvwxyzĠĊ0123456789.,!?'"))
+    tokens = ["<s>", "</s>", *alphabet, "th", "the", "Ġthe"]
+    written = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": np.array([3, 3, *[1] * (len(tokens) - 2)]),
+        "merges": ["t h", "th e", "Ġ the"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in written.items()}
+    tokenizer = gguf_tokenizer.build(metadata, "made here")
+    config = even(vocab_size=64)  # more rows than tokens
+    gguf_export.save(tmp_path / "m.gguf", config, draw(config), tokenizer, "q8_0")
+    found = gguf.tokenizer(tmp_path / "m.gguf")
+    text = "the cat, the 12 hats!\nthere</s>"
+    assert found(text).input_ids == tokenizer(text).input_ids
+    assert found.tokenize("the the") == ["the", "Ġthe"]
+    assert gguf.load(tmp_path / "m.gguf", "float32")[0] == config
