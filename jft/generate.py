@@ -164,7 +164,7 @@ class Generator:
             len(prompts),
             _round_up(finished, CACHE_STEP),
             dtype,
-            length=longest + sampling.max_new_tokens,
+            length=longest + sampling.max_new_tokens - 1,  # the last token is chosen, not read
         )
         key = jax.random.key(sampling.seed)
         chosen = _choice(sampling)

@@ -48,7 +48,7 @@ def init_cache(
       batch: rows.
       slots: the most positions that a row can get to; layers with a window keep no more than it.
       dtype: of keys and values: that of the activations.
-      length: of the longest row when it is finished, where `slots` is more than that.
+      length: how many positions the longest row will read, where `slots` is more than that.
     """
     counts = [0] * len(c.kinds)
     for index in range(c.num_layers):

@@ -22,6 +22,11 @@ def read(s: settings.Settings) -> architecture.Config:
             "rope_scaling is missing: without it the family's own would have to be guessed"
         )
     s.only("hidden_act", "silu")
+    method = (s.get("quantization_config") or {}).get("quant_method", "mxfp4")
+    if method != "mxfp4":
+        raise s.refuse(
+            f"quantization_config has quant_method {method!r}; mxfp4 is read, dequantised"
+        )
     biased = s.flag("attention_bias", default=True)
     sliding = s.sliding(L, [i % 2 == 0 for i in range(L)])
     window = s.count("sliding_window", 128) if any(sliding) else None

@@ -28,7 +28,7 @@ def write(c: architecture.Config) -> dict[str, Any]:
 
 
 _2B = architecture.Config(
-    vocab_size=49155,
+    vocab_size=49152,
     d_model=2048,
     num_layers=40,
     num_heads=32,
@@ -44,7 +44,7 @@ _2B = architecture.Config(
     logits_divisor=8.0,
     tie_embeddings=True,
 )
-_8B: dict[str, Any] = {"d_model": 4096, "head_dim": 128, "d_ff": 12800}
+_8B: dict[str, Any] = {"vocab_size": 49159, "d_model": 4096, "head_dim": 128, "d_ff": 12800}
 
 GRANITE = family.Family(
     "granite",
@@ -54,8 +54,12 @@ GRANITE = family.Family(
     llama.WEIGHTS,
     {
         "granite3.1-2b": _2B,
-        "granite3.1-8b": dataclasses.replace(
-            _2B, **_8B, attention_scale=0.0078125, logits_divisor=16.0
+        "granite3.3-8b": dataclasses.replace(
+            _2B,
+            **_8B,
+            pattern=(architecture.Layer(architecture.Rope(10000000.0)),),
+            attention_scale=0.0078125,
+            logits_divisor=16.0,
         ),
     },
 )

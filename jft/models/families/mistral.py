@@ -107,7 +107,13 @@ MIXTRAL = family.Family(
     {
         "mixtral-8x7b": _MIXTRAL,
         "mixtral-8x22b": dataclasses.replace(
-            _MIXTRAL, d_model=6144, num_layers=56, num_heads=48, d_ff=16384, max_length=65536
+            _MIXTRAL,
+            vocab_size=32768,
+            d_model=6144,
+            num_layers=56,
+            num_heads=48,
+            d_ff=16384,
+            max_length=65536,
         ),
     },
 )

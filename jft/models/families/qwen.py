@@ -142,8 +142,8 @@ QWEN2 = family.Family(
         "qwen2.5-1.5b": _dense("qwen2", 1536, 28, 12, 2, 8960, **_TIED),
         "qwen2.5-3b": _dense("qwen2", 2048, 36, 16, 2, 11008, **_TIED),
         "qwen2.5-7b": _dense("qwen2", 3584, 28, 28, 4, 18944, **_WIDE),
-        "qwen2.5-14b": _dense("qwen2", 5120, 48, 40, 8, 13824, **_WIDE),
-        "qwen2.5-32b": _dense("qwen2", 5120, 64, 40, 8, 27648, **_WIDE),
+        "qwen2.5-14b": _dense("qwen2", 5120, 48, 40, 8, 13824, **_WIDE | {"norm_eps": 1e-5}),
+        "qwen2.5-32b": _dense("qwen2", 5120, 64, 40, 8, 27648, **_WIDE | {"norm_eps": 1e-5}),
         "qwen2.5-72b": _dense("qwen2", 8192, 80, 64, 8, 29568, **_WIDE),
     },
 )

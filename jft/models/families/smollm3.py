@@ -25,6 +25,7 @@ def read(s: settings.Settings) -> architecture.Config:
         architecture.Layer(found if own else None, window if slides and short else None)
         for own, short in zip(turned, sliding, strict=True)
     ]
+    s.get("pretraining_tp")  # in the published file, and of no effect in this family
     biased = s.flag("attention_bias")
     return architecture.Config(
         **fields,
