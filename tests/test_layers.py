@@ -23,6 +23,7 @@ ROWS = (
     ("runs", "answers"),
     ("summary", "sources"),
     ("loop", "talk", "convert"),
+    ("verbs",),
     ("cli",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
