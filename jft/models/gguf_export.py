@@ -19,6 +19,7 @@ from jft.models import (
     gguf_metadata,
     gguf_names,
     gguf_rope,
+    gguf_vocabulary,
 )
 
 # llama.cpp's numbers for general.file_type.
@@ -169,22 +170,12 @@ def _write(
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """One key, of the type that llama.cpp expects for a Python value."""
-    import gguf
-
-    types = gguf.GGUFValueType
-    if key == "general.architecture":  # the writer's own
+    if key == "general.architecture":  # the writer has put it first
         return
-    if isinstance(value, bool):
-        writer.add_key_value(key, value, types.BOOL)
-    elif isinstance(value, int):
-        writer.add_key_value(key, value, types.UINT32)
-    elif isinstance(value, float):
-        writer.add_key_value(key, value, types.FLOAT32)
-    elif isinstance(value, str):
-        writer.add_key_value(key, value, types.STRING)
+    if isinstance(value, float):
+        writer.add_float32(key, value)
     else:
-        writer.add_array(key, value)
+        gguf_vocabulary.write(writer, {key: value})
 
 
 def _vocabulary(
@@ -193,8 +184,6 @@ def _vocabulary(
     """The tokenizer's keys, and what they do not say."""
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}, ()
-    from jft.models import gguf_vocabulary
-
     own = gguf_architectures.of_family(config.family).name
     keys, unsaid = gguf_vocabulary.metadata(
         tokenizer, str(path), vocab_size=config.vocab_size, architecture=own

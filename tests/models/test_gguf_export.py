@@ -434,7 +434,6 @@ def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:
 
 def test_a_tokenizer_goes_along(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("transformers")
-    pytest.importorskip("jft.models.gguf_vocabulary")
     alphabet = sorted(set("abcdefghijklmnopqrstuvwxyzĠĊ0123456789.,!?'"))
     tokens = ["<s>", "</s>", *alphabet, "th", "the", "Ġthe"]
     written = {
