@@ -167,14 +167,13 @@ def _prefix_of_chat(source: Source, texts: list[str]) -> tuple[bool, list[str]]:
     first = [e["content"] for e in source.added.values() if talk.startswith(e["content"])]
     if source.flat("pre_tokenizer")[0]["prepend_scheme"] == "first" and first:
         source.notes.append(
-            f"{source.where}: a text that begins with none of the added tokens gets no blank "
-            "before it, and decoded text keeps the blank before its first word"
+            "a text that begins with none of the added tokens gets no blank before it, and decoded "
+            "text keeps the blank before its first word"
         )
         start = max(first, key=len)
         return False, [start + text for text in texts]
     source.notes.append(
-        f"{source.where}: a text that begins with a blank, and what follows an added token, gets "
-        "one blank more"
+        "a text that begins with a blank, and what follows an added token, gets one blank more"
     )
     return True, [text for text in texts[:-1] if not text.startswith(" ")]
 
