@@ -2,11 +2,12 @@
 """Writes a tokenizer as GGUF metadata, so that `gguf_tokenizer` and llama.cpp read the same one.
 
 A GGUF says little: the tokens with their kinds, merges or scores, and the name of a rule. Whether
-that is all a tokenizer does is found by comparing its parts with the rules, never by the model's
-name. What the file can't say is refused. Two things it can't say pass with a note, as long as the
-text of the chat template keeps its ids: blanks that are swallowed beside control tokens, and
-sentencepiece's blank where it's put before the first part of a text only. In the end the metadata
-is read back, and both tokenizers must agree on texts that are hard for tokenizers.
+that is all a tokenizer does is found by comparing its parts with the rules (`gguf_source`), never
+by the model's name. What the file can't say is refused. A few things that it can't say pass with a
+note, as long as the text of the chat template keeps its ids: blanks that are swallowed beside
+control tokens, sentencepiece's blank where it's put before the first part of a text only, and added
+tokens for which the embedding has no row. In the end the metadata is read back, and both tokenizers
+must agree on texts that are hard for tokenizers.
 """
 
 import itertools
