@@ -45,6 +45,7 @@ class Source:
 
 
 def read(tokenizer: Any, where: str) -> Source:
+    """Takes a tokenizer apart; refuses what neither kind of GGUF vocabulary has."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise errors.UserError(f"{where}: not a fast tokenizer (no tokenizer.json)")
@@ -163,19 +164,17 @@ def _prefix_of_chat(source: Source, texts: list[str]) -> tuple[bool, list[str]]:
     No file says that. Without a blank anywhere it's the same for texts that begin with an added
     token, and most chat templates' do; with one, for plain texts.
     """
-    talk = chat(source)
+    scheme, talk = source.flat("pre_tokenizer")[0]["prepend_scheme"], chat(source)
     first = [e["content"] for e in source.added.values() if talk.startswith(e["content"])]
-    if source.flat("pre_tokenizer")[0]["prepend_scheme"] == "first" and first:
+    if scheme == "first" and first:
         source.notes.append(
-            f"{source.where}: a text that begins with none of the added tokens gets no blank "
-            "before it, and decoded text keeps the blank before its first word"
+            "a text that begins with none of the added tokens gets no blank before it, and decoded "
+            "text keeps the blank before its first word"
         )
         start = max(first, key=len)
         return False, [start + text for text in texts]
-    source.notes.append(
-        f"{source.where}: a text that begins with a blank, and what follows an added token, gets "
-        "one blank more"
-    )
+    also = ", and what follows an added token," if scheme == "first" else ""
+    source.notes.append(f"a text that begins with a blank{also} gets one blank more")
     return True, [text for text in texts[:-1] if not text.startswith(" ")]
 
 

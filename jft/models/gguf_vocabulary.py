@@ -2,11 +2,12 @@
 """Writes a tokenizer as GGUF metadata, so that `gguf_tokenizer` and llama.cpp read the same one.
 
 A GGUF says little: the tokens with their kinds, merges or scores, and the name of a rule. Whether
-that is all a tokenizer does is found by comparing its parts with the rules, never by the model's
-name. What the file can't say is refused. Two things it can't say pass with a note, as long as the
-text of the chat template keeps its ids: blanks that are swallowed beside control tokens, and
-sentencepiece's blank where it's put before the first part of a text only. In the end the metadata
-is read back, and both tokenizers must agree on texts that are hard for tokenizers.
+that is all a tokenizer does is found by comparing its parts with the rules (`gguf_source`), never
+by the model's name. What the file can't say is refused. A few things that it can't say pass with a
+note, as long as the text of the chat template keeps its ids: blanks that are swallowed beside
+control tokens, sentencepiece's blank where it's put before the first part of a text only, and added
+tokens for which the embedding has no row. In the end the metadata is read back, and both tokenizers
+must agree on texts that are hard for tokenizers.
 """
 
 import itertools
@@ -61,7 +62,7 @@ def metadata(
         values["scores"] = gguf_source.scores(source, tokens)
     found = {f"tokenizer.ggml.{key}": value for key, value in values.items()} | _template(source)
     _check(source, found, architecture, texts)
-    return found, source.notes
+    return found, [f"{where}: {note}" for note in source.notes]
 
 
 def write(writer: Any, values: Mapping[str, Any]) -> None:
@@ -94,8 +95,7 @@ def _tokens(
     for index in source.added:
         if index < vocab_size and kinds[index] == gguf_rules.NORMAL:
             source.notes.append(
-                f"{source.where}: {tokens[index]!r} itself in a text, unlike blanks, may become "
-                "other tokens"
+                f"{tokens[index]!r} itself in a text, unlike blanks, may become other tokens"
             )
             break
     return tokens, kinds
@@ -111,7 +111,7 @@ def _leave_out(source: gguf_source.Source, over: Mapping[int, str], vocab_size: 
     if over:
         index = min(over)
         source.notes.append(
-            f"{source.where}: {over[index]!r} is left out ({len(over)} such): its id is {index}, and "
+            f"{over[index]!r} is left out ({len(over)} such): its id is {index}, and "
             f"the embedding has {vocab_size} rows"
         )
 
@@ -161,7 +161,7 @@ def _template(source: gguf_source.Source) -> dict[str, str]:
     template = source.tokenizer.chat_template
     if isinstance(template, dict):
         for name in sorted(set(template) - {"default"}):
-            source.notes.append(f"{source.where}: the chat template {name!r} is left out")
+            source.notes.append(f"the chat template {name!r} is left out")
         template = template.get("default")
     return {"tokenizer.chat_template": template} if template else {}
 
@@ -200,11 +200,11 @@ def _note_blanks(source: gguf_source.Source, read_back: Sequence[Mapping[str, An
     other = [text for text, sides in wanted.items() if got.get(text, sides) != sides]
     if other:
         source.notes.append(
-            f"{source.where}: blanks beside {other[0]!r} are kept, where here they are swallowed, "
+            f"blanks beside {other[0]!r} are kept, where here they are swallowed, "
             f"or the reverse ({len(other)} such tokens)"
         )
     elif any(any(sides) for sides in got.values()):
         source.notes.append(
-            f"{source.where}: llama.cpp swallows blanks after control tokens only where "
+            "llama.cpp swallows blanks after control tokens only where "
             "general.name has 'phi-3' in it"
         )
