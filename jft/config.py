@@ -69,6 +69,7 @@ def base() -> config_dict.ConfigDict:
     c.epochs = 3.0  # over the training rows
     c.steps = 0  # if not 0, instead of epochs
     c.remat = "none"  # what the backward pass recomputes: none, dots, full
+    c.router_loss = 0.0  # weight of the load-balance loss of a mixture of experts; usual: 0.001
     c.eval_batch_size = 0  # rows in one validation batch; 0 = as micro_batch
 
     c.validate = validate = config_dict.ConfigDict()

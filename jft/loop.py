@@ -2,6 +2,7 @@
 """The one training loop, for LoRA and full fine-tuning: read it from top to bottom."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
@@ -120,12 +121,18 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         raise errors.UserError(f"steps={c.steps}, epochs={c.epochs}: nothing to do")
     if c.remat not in decoder.REMAT_POLICIES:
         raise errors.UserError(f"remat={c.remat!r}: one of {', '.join(decoder.REMAT_POLICIES)}")
+    if c.router_loss < 0 or (c.router_loss and not model.config.experts):
+        raise errors.UserError(
+            f"router_loss={c.router_loss}: 0 or more, and 0 for a model without experts"
+        )
     micro_batch = _micro_batch(c.micro_batch, c.batch_size, packed.length)
     if c.lora.rank:
-        trainable, frozen, loss = _lora(c, model)
+        trainable, frozen, build = _lora(c, model)
     else:
         einsum = matmul.for_training(jax.default_backend())
-        loss = step.full_loss(model.config, remat=c.remat, dtype=c.model.dtype, einsum=einsum)
+        build = functools.partial(
+            step.full_loss, model.config, remat=c.remat, dtype=c.model.dtype, einsum=einsum
+        )
         trainable, frozen = model.params, {}
     if not c.lora.rank:
         _check_no_adapter(c)
@@ -142,14 +149,22 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         steps=steps,
         trainable=trainable,
         frozen=frozen,
-        train_step=step.train_step(loss, optimizer, accumulate=accumulate, dropout_key=dropout_key),
-        eval_step=step.eval_step(loss),
+        train_step=step.train_step(
+            build(router_loss=c.router_loss),
+            optimizer,
+            accumulate=accumulate,
+            dropout_key=dropout_key,
+        ),
+        eval_step=step.eval_step(build()),
         optimizer=optimizer,
         micro_batch=micro_batch,
     )
 
 
-def _lora(c: config_dict.ConfigDict, model: models.Model) -> tuple[Any, Any, step.Loss]:
+def _lora(
+    c: config_dict.ConfigDict, model: models.Model
+) -> tuple[Any, Any, Callable[..., step.Loss]]:
+    """The adapters, the base, and what makes their loss."""
     keys = ("rank", "alpha", "targets", "exclude", "dropout", "use_rslora", "use_dora")
     spec = lora.Spec(**{k: c.lora[k] for k in keys}, layouts=architecture.LAYOUTS)
     adapters = lora.init(spec, model.params, key=jax.random.key(c.seed))
@@ -161,7 +176,8 @@ def _lora(c: config_dict.ConfigDict, model: models.Model) -> tuple[Any, Any, ste
     mode = c.lora.mode
     if mode == "auto":
         mode = "merged" if jax.default_backend() == "cpu" else "factored"
-    return adapters, model.params, step.lora_loss(model.config, remat=c.remat, mode=mode)
+    build = functools.partial(step.lora_loss, model.config, remat=c.remat, mode=mode)
+    return adapters, model.params, build
 
 
 def _check_no_adapter(c: config_dict.ConfigDict) -> None:

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from jft import lora, losses, matmul
-from jft.models import architecture, decoder
+from jft.models import architecture, decoder, experts
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
@@ -46,21 +46,29 @@ def head_part(tree: Any) -> Any:
     return {"head": tree["head"]} if "head" in tree else {"embed": tree["embed"]}
 
 
-def lora_loss(c: architecture.Config, *, remat: str = "none", mode: str = "factored") -> Loss:
+def lora_loss(
+    c: architecture.Config,
+    *,
+    remat: str = "none",
+    mode: str = "factored",
+    router_loss: float = 0.0,
+) -> Loss:
     """loss(adapters, params, batch) -> (sum of nats, number of trained tokens).
 
-    Where the batch holds a `dropout_key`, the adapters' dropout is on.
+    Where the batch holds a `dropout_key`, the adapters' dropout is on. `router_loss` weighs the load-balance loss of a
+    model with experts (`losses.load_balance`), over all tokens that are not padding.
     """
-    hidden = lora.transform(functools.partial(decoder.hidden, c, remat=remat), mode=mode)
+    run = functools.partial(decoder.hidden_and_load, c, remat=remat)
+    hidden = lora.transform(run, mode=mode)
     adapted_head = lora.transform(functools.partial(decoder.head, c))
 
     def loss(adapters: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         body = {k: v for k, v in adapters.items() if k != "head/kernel"}
-        inputs = (batch["tokens"], batch["positions"], batch["segments"])
-        x_BTD = hidden(params, body, *inputs, dropout_key=batch.get("dropout_key"))
+        inputs = _inputs(batch, router_loss)
+        x_BTD, load = hidden(params, body, *inputs, dropout_key=batch.get("dropout_key"))
         part = head_part(params)
         mine = {k: v for k, v in head_part(adapters).items() if k.split("/")[0] in part}
-        return losses.cross_entropy(
+        total, weight = losses.cross_entropy(
             lambda adapters, params, x: adapted_head(params, adapters, x),
             mine,
             part,
@@ -68,6 +76,7 @@ def lora_loss(c: architecture.Config, *, remat: str = "none", mode: str = "facto
             batch["targets"],
             batch["weights"],
         )
+        return total + _balance(load, router_loss) * weight, weight
 
     return loss
 
@@ -78,19 +87,21 @@ def full_loss(
     remat: str = "none",
     dtype: Any = None,
     einsum: matmul.Einsum = jnp.einsum,
+    router_loss: float = 0.0,
 ) -> Loss:
     """loss(params, {}, batch) -> (sum of nats, number of trained tokens).
 
     `dtype` is that of the computation, where it is not the parameters' own: weights that train stay float32, since in
     bfloat16 most updates at usual learning rates are smaller than half a unit in a weight's last place and are lost.
+    `router_loss` as in `lora_loss`.
     """
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         if dtype is not None:
             params = jax.tree.map(lambda x: x.astype(dtype), params)
-        inputs = (batch["tokens"], batch["positions"], batch["segments"])
-        x_BTD = decoder.hidden(c, params, *inputs, remat=remat, einsum=einsum)
-        return losses.cross_entropy(
+        inputs = _inputs(batch, router_loss)
+        x_BTD, load = decoder.hidden_and_load(c, params, *inputs, remat=remat, einsum=einsum)
+        total, weight = losses.cross_entropy(
             lambda params, _, x: decoder.head(c, params, x),
             head_part(params),
             {},
@@ -98,8 +109,22 @@ def full_loss(
             batch["targets"],
             batch["weights"],
         )
+        return total + _balance(load, router_loss) * weight, weight
 
     return loss
+
+
+def _inputs(batch: Batch, router_loss: float) -> tuple[jax.Array, ...]:
+    """The decoder's arguments; the last, which tokens count in the experts' load, only where it is asked for."""
+    inputs = (batch["tokens"], batch["positions"], batch["segments"])
+    return (*inputs, batch["segments"] > 0) if router_loss else inputs
+
+
+def _balance(load: experts.Load | None, router_loss: float) -> jax.Array | float:
+    if load is None:
+        return 0.0
+    found = losses.load_balance(load.chosen_E, load.probability_E, load.tokens)
+    return router_loss * found
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:

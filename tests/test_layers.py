@@ -18,11 +18,11 @@ ROWS = (
     ("config", "losses", "optim"),
     ("models",),
     ("data",),
-    ("step", "evals"),
+    ("step", "evals", "plan"),
     ("checkpoint", "generate"),
-    ("runs",),
-    ("summary",),
-    ("loop", "talk"),
+    ("runs", "answers"),
+    ("summary", "sources"),
+    ("loop", "talk", "convert"),
     ("cli",),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}

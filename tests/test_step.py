@@ -226,3 +226,27 @@ def test_dropout_is_for_training_alone_and_repeats(mode: str) -> None:
         for i in range(2)
     ]
     assert first[0] == pytest.approx(float(sum(t for t, _ in parts) / weight), rel=EXACT)
+
+
+@pytest.mark.parametrize("make", [step.full_loss, step.lora_loss])
+def test_the_router_loss_is_added_to_the_loss_of_a_token(make: Any) -> None:
+    c = dataclasses.replace(CONFIG, experts=architecture.Experts(4, 2))
+    params = decoder.init(c, key=jax.random.key(0), dtype=jnp.float64)
+    batch = make_batch()
+    for name in ("segments", "weights"):
+        batch[name][:, -5:] = 0  # padding
+    spec = dataclasses.replace(SPEC, targets=r"layers/experts/.*kernel")
+    trainable, frozen = params, {}
+    if make is step.lora_loss:
+        trainable, frozen = lora.init(spec, params, key=jax.random.key(1)), params
+    plain, weight = make(c)(trainable, frozen, batch)
+    both, _ = make(c, router_loss=0.5)(trainable, frozen, batch)
+    counted = batch["segments"] > 0
+    inputs = (batch["tokens"], batch["positions"], batch["segments"], counted)
+    _, load = decoder.hidden_and_load(c, params, *inputs)
+    assert load is not None
+    # Each token is counted once for each of its experts in each layer.
+    np.testing.assert_array_equal(load.chosen_E.sum(axis=-1), 2 * counted.sum())
+    extra = losses.load_balance(load.chosen_E, load.probability_E, load.tokens)
+    assert extra > 1.9  # top_k when even, and more the less even
+    np.testing.assert_allclose((both - plain) / weight, 0.5 * extra, rtol=EXACT)

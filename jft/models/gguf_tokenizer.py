@@ -1,61 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds a tokenizer from GGUF metadata.
 
-A GGUF names its pre-tokenizer (`tokenizer.ggml.pre`) and leaves the rule to the reader. The rules
-here are those of the models' own tokenizer.json; a name without one is refused, because a near miss
-gives other ids for numbers or blanks than in pretraining, and nothing else would show it.
+Byte-level BPE (`tokenizer.ggml.model` "gpt2") follows a rule of `gguf_rules`; sentencepiece's BPE
+("llama") is rebuilt from the scores of its pieces.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from jft import errors
+from jft.models import gguf_rules
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # ggml's token types
-_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's space
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """How byte-level BPE cuts text before merging.
-
-    Attributes:
-      regex: the pieces; None for GPT-2's own.
-      digits: cut numbers into single digits first.
-      nfc: compose characters first.
-      whole_words: a piece that is a token is taken whole, whatever the merges say.
-      add_bos: whether the beginning is marked where the file does not say.
-    """
-
-    regex: str | None = None
-    digits: bool = False
-    nfc: bool = False
-    whole_words: bool = False
-    add_bos: bool = False
-
-
-_LLAMA3 = _Rule(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", whole_words=True, add_bos=True)
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-_PREFIX = "tokenizer.ggml.add_space_prefix"
-_DIGITS = _Rule(digits=True)
-_RULES: dict[str, _Rule] = {
-    "gpt-2": _Rule(),
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _Rule(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", nfc=True),
-}
+_PHI3_PLAIN = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 def build(metadata: Mapping[str, Any], where: str) -> Any:
@@ -68,7 +27,6 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
     Raises:
       errors.UserError: no tokenizer, or one whose rules are not known here.
     """
-    import tokenizers
     import transformers
 
     tokens, model = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
@@ -76,7 +34,9 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
         raise errors.UserError(f"{where}: has no tokenizer (tokenizer.ggml.tokens)")
     if len(set(tokens)) < len(tokens):
         raise errors.UserError(f"{where}: tokenizer.ggml.tokens has the same token twice")
-    kinds = np.asarray(metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL)))
+    kinds = np.asarray(
+        metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), gguf_rules.NORMAL))
+    )
     if len(kinds) != len(tokens):
         raise errors.UserError(f"{where}: {len(kinds)} token types for {len(tokens)} tokens")
     if model not in ("gpt2", "llama"):
@@ -85,25 +45,35 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
         )
     names = {
         f"{role}_token": tokens[_special(metadata, key, len(tokens), where)]
-        for role, key in _ROLES.items()
+        for role, key in gguf_rules.ROLES.items()
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
     make = _byte_level if model == "gpt2" else _sentencepiece
+    architecture = metadata.get("general.architecture")
     try:
         backend, add_bos = make(metadata, tokens, kinds, names, where)
     except errors.UserError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise errors.UserError(f"{where}: the tokenizer's tables are damaged: {error}") from error
-    _add_tokens(backend, tokens, kinds)
+    strips = model == "llama" and architecture == "phi3"  # not in the file, only in the model
+    _add_tokens(backend, tokens, kinds, _PHI3_PLAIN if strips else None)
     _add_template(backend, metadata, names, add_bos, where)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(backend.to_str()),
+        tokenizer_object=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        model_max_length=int(metadata.get("llama.context_length", 1 << 30)),
+        model_max_length=_max_length(metadata, architecture, where),
         **names,
     )
+
+
+def _max_length(metadata: Mapping[str, Any], architecture: Any, where: str) -> int:
+    key = f"{architecture}.context_length"
+    length = metadata.get(key, 1 << 30)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise errors.UserError(f"{where}: {key} is not a positive integer")
+    return length
 
 
 def _special(metadata: Mapping[str, Any], key: str, count: int, where: str) -> int:
@@ -121,33 +91,24 @@ def _byte_level(
     where: str,
 ) -> tuple[Any, bool]:
     """GPT-2's kind: bytes written as printable characters, merges listed in the file."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    import tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in _RULES:
+    if pre not in gguf_rules.RULES:
         raise errors.UserError(
             f"{where}: tokenizer.ggml.pre is {pre!r}, whose rule is not known here; known are "
-            f"{', '.join(_RULES)} (use the model's own folder with tokenizer.json)"
+            f"{', '.join(gguf_rules.RULES)} (use the model's own folder with tokenizer.json)"
         )
-    rule = _RULES[pre]
+    rule = gguf_rules.RULES[pre]
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
-    backend = Tokenizer(
-        models.BPE(
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=merges,
             ignore_merges=rule.whole_words,
         )
     )
-    cuts: list[Any] = []
-    if rule.digits:
-        cuts.append(pre_tokenizers.Digits(individual_digits=True))
-    if rule.regex is not None:
-        cuts.append(pre_tokenizers.Split(Regex(rule.regex), behavior="isolated"))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.regex is None))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-    backend.decoder = decoders.ByteLevel()
-    if rule.nfc:
-        backend.normalizer = normalizers.NFC()
+    rule.apply(backend)
     return backend, rule.add_bos
 
 
@@ -167,64 +128,124 @@ def _sentencepiece(
     for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
         if np.any(metadata.get(f"tokenizer.ggml.{key}", False)):
             raise errors.UserError(f"{where}: tokenizer.ggml.{key} is not implemented")
-    missing = [f"<0x{byte:02X}>" for byte in range(256)]
-    missing = sorted(set(missing) - set(tokens))
-    if missing:
-        raise errors.UserError(f"{where}: the vocabulary lacks {missing[0]}: not implemented")
+    vocab = _with_characters(tokens, kinds)
+    for byte in range(256):
+        if _byte(byte) not in vocab and not (byte < 128 and chr(byte) in vocab):
+            raise errors.UserError(f"{where}: the vocabulary lacks {_byte(byte)}: not implemented")
+    scores = metadata.get("tokenizer.ggml.scores", ())
+    if len(scores) != len(tokens):
+        raise errors.UserError(f"{where}: {len(scores)} token scores for {len(tokens)} tokens")
     backend = Tokenizer(
         models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=_merges(tokens, kinds, metadata.get("tokenizer.ggml.scores", ()), where),
+            vocab=vocab,
+            merges=_merges(vocab, kinds, scores, where),
             unk_token=names.get("unk_token"),
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    blank = [normalizers.Prepend(_BLANK)] if metadata.get(_PREFIX, True) else []
-    backend.normalizer = normalizers.Sequence([*blank, normalizers.Replace(" ", _BLANK)])
+    blank = [normalizers.Prepend(gguf_rules.BLANK)] if metadata.get(gguf_rules.PREFIX, True) else []
+    backend.normalizer = normalizers.Sequence([*blank, normalizers.Replace(" ", gguf_rules.BLANK)])
     strip = [decoders.Strip(" ", 1, 0)] if blank else []
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        [decoders.Replace(gguf_rules.BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return backend, True
 
 
-def _merges(tokens: list[str], kinds: np.ndarray, scores: Any, where: str) -> list[tuple[str, str]]:
+def _byte(value: int) -> str:
+    return f"<0x{value:02X}>"
+
+
+def _with_characters(tokens: list[str], kinds: np.ndarray) -> dict[str, int]:
+    """The vocabulary, where a byte that longer pieces begin or end with is its character.
+
+    Such is Gemma's tab: `<0x09>` in the file, and pieces of several tabs. In sentencepiece the
+    characters of a text merge before any becomes bytes.
+    """
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pieces = (token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf_rules.NORMAL)
+    for character in {c for piece in pieces if len(piece) > 1 for c in piece if c.isascii()}:
+        byte = _byte(ord(character))
+        if character not in vocab and byte in vocab:
+            vocab[character] = vocab.pop(byte)
+    return vocab
+
+
+def _merges(
+    vocab: Mapping[str, int], kinds: np.ndarray, scores: Any, where: str
+) -> list[tuple[str, str]]:
     """Merges in sentencepiece's order: at each step the adjacent pair whose union scores best.
 
     The file lists scores, not merges. A piece's merges are all its cuts into two other pieces, the
-    shorter left part first. That is the same procedure while no two pieces tie and each character
-    of a piece is itself one, which is checked.
+    shorter left part first (in sentencepiece the leftmost in the text: another result only where
+    two cuts overlap, as in runs of one character longer than the longest piece). That is the same
+    procedure while pieces that tie can't compete and each character of a piece is itself one,
+    which is checked.
     """
-    if len(scores) != len(tokens):
-        raise errors.UserError(f"{where}: {len(scores)} token scores for {len(tokens)} tokens")
-    score = {
-        token: float(value)
-        for token, value, kind in zip(tokens, scores, kinds, strict=True)
-        if kind == _NORMAL
-    }
-    longer = sorted((t for t in score if len(t) > 1), key=lambda token: -score[token])
-    for piece, following in itertools.pairwise(longer):
-        if score[piece] == score[following]:
-            raise errors.UserError(
-                f"{where}: the pieces {piece!r} and {following!r} have one score: the order of "
-                "merges is not defined"
-            )
-    for piece in longer:
-        if any(character not in score for character in piece):
+    normal = kinds == gguf_rules.NORMAL
+    known = {token for token, index in vocab.items() if normal[index] or len(token) == 1}
+    pairs = {piece: cuts(piece, known) for piece in known if len(piece) > 1}
+    for piece in pairs:
+        if any(character not in known for character in piece):
             raise errors.UserError(f"{where}: {piece!r} has a character that is no piece itself")
-    cuts = ((piece[:at], piece[at:]) for piece in longer for at in range(1, len(piece)))
-    return [(left, right) for left, right in cuts if left in score and right in score]
+    score = {piece: float(scores[vocab[piece]]) for piece in pairs if pairs[piece]}
+    made = sorted(score, key=lambda piece: (-score[piece], vocab[piece]))
+    merges: list[tuple[str, str]] = []
+    for _, tied in itertools.groupby(made, key=score.__getitem__):
+        group = list(tied)
+        _check_tie(group, where)
+        listed = [pair for piece in group for pair in pairs[piece]]
+        # A run grows from its left end, so the longest left part comes first.
+        merges += sorted(listed, key=lambda pair: -len(pair[0])) if len(group) > 1 else listed
+    return merges
 
 
-def _add_tokens(backend: Any, tokens: list[str], kinds: np.ndarray) -> None:
-    """Control and user-defined tokens are matched in the text before anything else."""
+def cuts(piece: str, known: Set[str]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others."""
+    pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+    return [(left, right) for left, right in pairs if left in known and right in known]
+
+
+def _check_tie(group: Sequence[str], where: str) -> None:
+    """Pieces of one score must not meet in a text: runs of one character, or nothing in common."""
+    owner: dict[str, str] = {}
+    for piece in group:
+        for character in set(piece):
+            other = owner.setdefault(character, piece)
+            if other != piece and len(set(piece) | set(other)) > 1:
+                raise errors.UserError(
+                    f"{where}: the pieces {other!r} and {piece!r} have one score: the order of "
+                    "merges is not defined"
+                )
+
+
+def _add_tokens(
+    backend: Any, tokens: list[str], kinds: np.ndarray, plain: Collection[str] | None
+) -> None:
+    """Control and user-defined tokens are matched in the text before anything else.
+
+    Args:
+      plain: where given, every token but these swallows the blanks that follow it.
+    """
     from tokenizers import AddedToken
 
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [tokens[index] for index in np.flatnonzero(kinds == kind)]
-        make = backend.add_special_tokens if special else backend.add_tokens
-        make([AddedToken(token, normalized=False, special=special) for token in added])
+    special = np.isin(kinds, (gguf_rules.CONTROL, gguf_rules.UNKNOWN))
+    for chosen, make in (
+        (special, backend.add_special_tokens),
+        (kinds == gguf_rules.USER_DEFINED, backend.add_tokens),
+    ):
+        make(
+            [
+                AddedToken(
+                    tokens[index],
+                    normalized=False,
+                    special=bool(special[index]),
+                    rstrip=plain is not None and tokens[index] not in plain,
+                )
+                for index in np.flatnonzero(chosen)
+            ]
+        )
 
 
 def _add_template(

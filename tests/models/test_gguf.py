@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from jft import errors, tree
-from jft.models import decoder, gguf, gguf_file, hf, llama
+from jft.models import architecture, families, gguf, gguf_file, hf
 
 package = pytest.importorskip("gguf")
 
-CONFIG = decoder.Config(
+CONFIG = architecture.Config(
     vocab_size=96,
     d_model=256,
     num_layers=2,
@@ -28,13 +28,26 @@ CONFIG = decoder.Config(
     tie_embeddings=True,
 )
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+NAMES = {  # llama.cpp's for Hugging Face's
+    "model.embed_tokens": "token_embd",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.norm": "output_norm",
+}
 Kind = package.GGMLQuantizationType
 Edit = Callable[[Any], None]
 
 
 def make() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    rows = llama.tensors(CONFIG).items()
+    rows = families.tensors(CONFIG).items()
     return {n: rng.standard_normal(w.stored_shape(CONFIG), np.float32) for n, (w, _) in rows}
 
 
@@ -76,8 +89,11 @@ def write(
 
 
 def add(writer: Any, name: str, tensor: np.ndarray, kind: Any) -> None:
-    weight, layer = llama.tensors(CONFIG)[name]
-    own = gguf._NAMES[weight.name].format(layer=layer)
+    weight, index = families.tensors(CONFIG)[name]
+    own = NAMES[weight.name.replace("model.layers.{layer}.", "").removesuffix(".weight")]
+    if index:
+        own = f"blk.{index[0]}.{own}"
+    own += ".weight"
     if kind in (Kind.F32, Kind.F16):
         writer.add_tensor(own, package.quants.quantize(tensor, kind))
     else:
@@ -171,12 +187,16 @@ def test_rope_factors_become_the_scaling_they_came_from(tmp_path: pathlib.Path) 
     def edit(writer: Any) -> None:
         writer.add_tensor("rope_freqs.weight", rope_factors(32.0, 1.0, 4.0))
 
-    found = gguf.read_config(write(tmp_path / "m.gguf", edit=edit)).rope_scaling
-    assert found == decoder.RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    found = gguf.read_config(write(tmp_path / "m.gguf", edit=edit)).rope
+    assert found == architecture.Rope(10000.0, architecture.Llama3(32.0, 1.0, 4.0, 8192))
 
 
 def _other_rule(writer: Any) -> None:
     writer.add_tensor("rope_freqs.weight", rope_factors(8.0, 1.0, 2.0))
+
+
+def _dynamic(writer: Any) -> None:
+    writer.add_string("llama.rope.scaling.type", "dynamic")
 
 
 def _yarn(writer: Any) -> None:
@@ -199,6 +219,10 @@ def _bias(writer: Any) -> None:
     writer.add_tensor("blk.0.attn_q.bias", np.zeros(256, np.float32))
 
 
+def _odd_tensor(writer: Any) -> None:
+    writer.add_tensor("blk.0.attn_q_norm.weight", np.zeros(64, np.float32))
+
+
 def _not_finite(writer: Any) -> None:
     writer.add_tensor("output_norm.weight", np.full(256, np.inf, np.float32))
 
@@ -207,11 +231,13 @@ def _not_finite(writer: Any) -> None:
     ("edit", "said"),
     [
         (_other_rule, "rope_freqs.weight follows another rule"),
-        (_yarn, "llama.rope.scaling.type is 'yarn'"),
-        (_experts, "llama.expert_count is 8"),
+        (_dynamic, "llama.rope.scaling.type is 'dynamic': not implemented"),
+        (_yarn, "llama.rope.scaling.factor is missing"),
+        (_experts, "llama.expert_used_count is missing"),
         (_partial_rope, "llama.rope.dimension_count is 64, heads are of 32"),
         (_unknown_key, "llama.logit_scale is 0.5"),
-        (_bias, "blk.0.attn_q.bias is no tensor of this architecture"),
+        (_bias, "blk.1.attn_q.bias is missing"),
+        (_odd_tensor, "blk.0.attn_q_norm.weight is no tensor of this architecture"),
         (_not_finite, "output_norm.weight: has a value that is not finite"),
     ],
 )
@@ -225,8 +251,8 @@ def test_what_would_change_the_numbers_is_refused(
 def test_missing_tensors_and_other_architectures_are_refused(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "a.gguf", skip=QUERY)
     assert "blk.1.attn_q.weight is missing" in refusal(path)
-    path = write(tmp_path / "b.gguf", arch="gpt2")
-    assert "general.architecture is 'gpt2'; implemented is 'llama'" in refusal(path)
+    path = write(tmp_path / "b.gguf", arch="mamba")
+    assert "general.architecture is 'mamba'; implemented are llama, smollm3" in refusal(path)
 
 
 def test_linear_scaling_is_honoured(tmp_path: pathlib.Path) -> None:
@@ -234,8 +260,8 @@ def test_linear_scaling_is_honoured(tmp_path: pathlib.Path) -> None:
         writer.add_rope_scaling_type(package.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
 
-    found = gguf.read_config(write(tmp_path / "m.gguf", edit=edit)).rope_scaling
-    assert found == decoder.RopeScaling("linear", 4.0)
+    found = gguf.read_config(write(tmp_path / "m.gguf", edit=edit)).rope
+    assert found == architecture.Rope(10000.0, architecture.Linear(4.0))
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path: pathlib.Path) -> None:
@@ -410,7 +436,7 @@ def test_real_weights_are_those_behind_the_goldens(
     smollm2_gguf: pathlib.Path, shared: pathlib.Path
 ) -> None:
     config, params, _ = gguf.load(smollm2_gguf, "float32")
-    assert config == llama.PRESETS["smollm2-135m"]
+    assert config == families.preset("smollm2-135m")
     golden = shared / "golden" / "real"
     ids = np.load(golden / "model_batch.npz")["input_ids"][0]
     hidden = np.load(golden / "model_out_fp32.npz")["hidden_row0"]
