@@ -63,6 +63,8 @@ class Target:
         for place in used:
             if place.exists() and self.out.exists() and self.out.samefile(place):
                 raise errors.UserError(f"--out={self.out}: is what is read; name another place")
+        if not self.gguf and not self.force and export.kind(self.out) == "full":
+            raise errors.UserError(f"--out={self.out}: is a run's result; name another folder")
         if not self.gguf:
             export.check_target(self.out, force=self.force)
         elif self.out.is_dir():
@@ -122,32 +124,34 @@ def merge(
       UserError: the adapter does not fit the base, or too little of it would survive rounding.
     """
     found = sources.adapter(adapter)
-    name, revision = model or found.base, revision or (None if model else found.revision)
+    name = model or found.base
     if not name:
         raise errors.UserError(
             f"{found.folder}: does not say which base it belongs to; give --model"
         )
     target.check(found.folder, pathlib.Path(name))
     try:
+        revision = found.revision_of(name, revision)
         base = sources.base(name, revision=revision, dtype=target.float_dtype)
     except errors.UserError as error:
         hint = "" if model else f" (the base that {found.folder} names; --model names another)"
         raise errors.UserError(f"{error}{hint}") from error
     found.check_base(name, base.fingerprint, target.force)
-    merged, survival = _merged(base, found, min_cosine)
+    survival = _merge_into(base, found, min_cosine)
     record: dict[str, Any] = {"adapter": str(found.folder)}
     if found.sidecar:
         load.use_template(base.tokenizer, found.sidecar.chat_template)
         record |= {"system": found.sidecar.system} if found.sidecar.system else {}
     if target.dtype == "q8_0":
         _note("what survives is measured before the rounding to q8_0")
-    return _write(target, merged, record) | {"survival": survival}
+    return _write(target, base, record) | {"survival": survival}
 
 
-def _merged(
-    base: sources.Base, adapter: sources.Adapter, min_cosine: float
-) -> tuple[sources.Base, dict[str, Any]]:
-    """The base with the adapter in it, one parameter at a time on the device, and what survived of each update."""
+def _merge_into(base: sources.Base, adapter: sources.Adapter, min_cosine: float) -> dict[str, Any]:
+    """Adds an adapter to the base's arrays, one parameter at a time on the device; tells what survived of each update.
+
+    In place: the sums beside the base would take its memory twice.
+    """
     modules = families.modules(base.config)
     adapters = peft.load(adapter.folder, modules, base.params, architecture.LAYOUTS)
     leaves, survival = tree.flatten(base.params), {}
@@ -156,9 +160,9 @@ def _merged(
         if leaf.dtype == np.float64:
             raise errors.UserError(f"{path}: is float64; merge with --dtype=float32")
         done = lora.merge({path: jnp.asarray(leaf)}, {path: factors}, min_cosine=min_cosine)
-        leaves[path] = np.asarray(done.params[path])
+        leaf[...] = np.asarray(done.params[path])
         survival[path] = dataclasses.asdict(done.report[path])
-    return dataclasses.replace(base, params=tree.unflatten(leaves)), survival
+    return survival
 
 
 def _write(target: Target, base: sources.Base, record: Mapping[str, Any]) -> dict[str, Any]:

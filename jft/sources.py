@@ -67,6 +67,10 @@ class Adapter:
     revision: str | None
     sidecar: runs.Sidecar | None
 
+    def revision_of(self, name: str, asked: str | None) -> str | None:
+        """Which revision of a base to take: the one asked for, else that of training if this is the base."""
+        return asked or (self.revision if name == self.base else None)
+
     def check_base(self, name: str, fingerprint: str, force: bool) -> None:
         """Raises UserError for a base that is not the one of training, as far as that is known."""
         if self.sidecar and self.sidecar.fingerprint != fingerprint and not force:
@@ -165,19 +169,14 @@ def base(name: str, *, revision: str | None = None, dtype: str | None = None) ->
 
 
 def _as_stored(folder: pathlib.Path) -> tuple[architecture.Config, decoder.Params, str]:
-    stored = _dtypes(folder)
-    own: dict[str, Any] = {}
+    stored, own = _dtypes(folder), dict[str, Any]()
     for name, (weight, _) in families.tensors(hf.read_config(folder)).items():
-        if name in stored:  # what is missing or no float is told by hf.load
-            own[weight.path] = jnp.promote_types(stored[name], own.get(weight.path, stored[name]))
-    widest = shards.widest(own.values())
-    config, params, fingerprint = hf.load(folder, widest)
-    leaves = tree.flatten(params)
-    return (
-        config,
-        tree.unflatten({k: x.astype(own[k], copy=False) for k, x in leaves.items()}),
-        fingerprint,
-    )
+        # What is stored as blocks (MXFP4) has another name; bfloat16 holds its values exactly.
+        dtype = stored.get(name, "bfloat16")
+        own[weight.path] = jnp.promote_types(dtype, own.get(weight.path, dtype))
+    config, params, fingerprint = hf.load(folder, shards.widest(own.values()))
+    leaves = {k: x.astype(own[k], copy=False) for k, x in tree.flatten(params).items()}
+    return config, tree.unflatten(leaves), fingerprint
 
 
 def _dtypes(folder: pathlib.Path) -> dict[str, str]:

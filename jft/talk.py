@@ -85,7 +85,8 @@ def _open_run(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters, s
 def _open_model(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters, str, Any]:
     """The model with its own template, or with those of training where the adapter knows them."""
     asked = None if flags.adapter in (None, "none") else sources.adapter(flags.adapter)
-    model = models.load(flags.model, dtype=flags.dtype or "float32", revision=flags.revision)
+    revision = asked.revision_of(flags.model, flags.revision) if asked else flags.revision
+    model = models.load(flags.model, dtype=flags.dtype or "float32", revision=revision)
     if asked is None:
         record = sources.model_record(pathlib.Path(flags.model))
         return model, {}, record.get("system", ""), "no adapter"

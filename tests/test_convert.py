@@ -132,6 +132,8 @@ def test_a_fully_trained_result_is_exported_as_it_is(
     assert found["fingerprint"] == models.load(str(tiny_model)).fingerprint
     assert found["system"] == "be red" and "survival" not in found
     best = tmp_path / "run" / "best"
+    said = refusal(capsys, "export", f"--model={tiny_model}", f"--out={best}")
+    assert "is a run's result" in said
     assert "is what is read" in refusal(
         capsys, "export", f"--run={best}", f"--out={best}", "--force"
     )

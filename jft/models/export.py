@@ -93,8 +93,8 @@ def save(
         part.mkdir(parents=True)
         try:
             written = _write(part, config, params, tokenizer, dtype, stop, max_shard_size)
-            kind = {"kind": "model"} | dict(record or {})
-            _write_json(part / RECORD, kind | {"fingerprint": written.fingerprint})
+            said = {"kind": "model"} | dict(record or {})
+            _write_json(part / RECORD, said | {"fingerprint": written.fingerprint})
             files = tuple(sorted(path.name for path in part.iterdir()))
             _move(part, place)
         finally:
@@ -123,15 +123,15 @@ def check_target(folder: str | pathlib.Path, *, force: bool = False) -> None:
         return
     if (place / "adapter_config.json").exists():
         raise errors.UserError(f"{folder}: holds an adapter; write the model to another folder")
-    if not force and _kind(place) not in ("model", "full"):
+    if not force and kind(place) not in ("model", "full"):
         raise errors.UserError(
             f"{folder}: is not empty, and no model that jft wrote; name another folder, or --force replaces"
             " the model's files in it"
         )
 
 
-def _kind(folder: pathlib.Path) -> Any:
-    """What jft.json calls the folder; None where there is none."""
+def kind(folder: pathlib.Path) -> Any:
+    """What jft.json calls a folder: "model" (written here), "full" or "lora" (of a run); None without one."""
     try:
         return json.loads((folder / RECORD).read_bytes())["kind"]
     except (OSError, ValueError, TypeError, KeyError):

@@ -21,6 +21,8 @@ from safetensors import numpy as library
 from jft import errors, quant, tree
 from jft.models import architecture, decoder, export, families, fingerprint, hf, names, shards
 
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "families"
+CASES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
 ONE_EACH = [next(iter(own.presets)) for own in families.FAMILIES.values()]
 SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CONFIG = architecture.Config(
@@ -120,6 +122,17 @@ def test_a_checkpoint_that_is_read_and_written_is_the_same(
             got = tree.flatten(back)[path]
             np.testing.assert_array_equal(got.view(np.uint16), leaf.view(np.uint16), path)
     assert ("lm_head.weight" in ours) != tied
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_transformers_saved_is_saved_again(case: str, tmp_path: pathlib.Path) -> None:
+    config, params, stored = hf.load(GOLDENS / case, "bfloat16")
+    written = export.save(tmp_path / "m", config, params, None, max_shard_size=4000)
+    theirs, ours = stored_in(GOLDENS / case), stored_in(tmp_path / "m")
+    assert ours.keys() == theirs.keys() and written.fingerprint == stored
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name].view(np.uint16), tensor.view(np.uint16), name)
+    assert hf.read_config(tmp_path / "m") == config
 
 
 def test_shards_keep_to_their_size_and_the_index_to_the_shards(tmp_path: pathlib.Path) -> None:
