@@ -204,7 +204,9 @@ def _tensor(name: str, entry: Any, file: File, body: int) -> Tensor:
         said = f"{path}: {_printable(name)}: the header's entry is malformed: {_printable(entry)}"
         raise errors.UserError(said)
     if dtype not in _DTYPES:
-        raise errors.UserError(f"{path}: {name}: stored as {_printable(dtype)}, which is not read here")
+        raise errors.UserError(
+            f"{path}: {name}: stored as {_printable(dtype)}, which is not read here"
+        )
     need = math.prod(shape) * _DTYPES[dtype].itemsize
     if stop - start != need:
         raise errors.UserError(
