@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak host memory of loading a model folder, against the parameters that are kept.
 
-    python tools/bench_load.py            # 2.2 GB of bfloat16 in five files, about two minutes
+    python tools/bench_load.py            # 2 GB of bfloat16 in five files, about a minute
     python tools/bench_load.py --small    # 0.2 GB, seconds
 
 Writes a folder of random weights, shard by shard, then loads it in a process of its own for each case: onto one device
@@ -99,7 +99,7 @@ def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
             spec[max(fit, key=lambda axis: shape[axis])] = "x"
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
-    before, began = resident()["VmHWM"], time.perf_counter()
+    before, began = resident()["VmRSS"], time.perf_counter()
     _, params, _ = hf.load(folder, dtype, sharding if mesh.size > 1 else None)
     seconds, after = time.perf_counter() - began, resident()
     shards = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]

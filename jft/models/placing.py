@@ -77,11 +77,12 @@ def place(
       filled: from `parts` with the same arguments.
     """
     if sharding is None:
-        return jax.device_put(filled[0].buffer)
-    buffers = {part.bounds: part.buffer for part in filled}
-    leaf = jax.make_array_from_callback(
-        shape, sharding, lambda index: buffers[_bounds(index, shape)], dtype=dtype
-    )
+        leaf = jax.device_put(filled[0].buffer)
+    else:
+        buffers = {part.bounds: part.buffer for part in filled}
+        leaf = jax.make_array_from_callback(
+            shape, sharding, lambda index: buffers[_bounds(index, shape)], dtype=dtype
+        )
     # Without waiting, buffers on their way to the devices would pile up.
     return jax.block_until_ready(leaf)
 
