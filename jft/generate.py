@@ -148,6 +148,9 @@ class Generator:
         longest, limit = int(lengths.max()), self.model.config.max_length
         if not lengths.all():
             raise errors.UserError("an empty prompt: nothing to continue")
+        for i, prompt in enumerate(prompts, 1):
+            own = self.model
+            chat.check_ids(prompt, own.config.vocab_size, own.tokenizer, f"prompt {i}")
         if longest + sampling.max_new_tokens > limit:
             raise errors.UserError(
                 f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed"

@@ -104,7 +104,7 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     model = models.load(c.model.path, dtype=stored, revision=c.model.revision or None)
     load.use_template(model.tokenizer, c.data.chat_template)
     source = load.Source(**{**c.data, "columns": dict(c.data.columns)})
-    data = load.load(source, model.tokenizer, seed=c.seed)
+    data = load.load(source, model.tokenizer, seed=c.seed, vocab_size=model.config.vocab_size)
     if source.max_length > model.config.max_length:
         raise errors.UserError(
             f"data.max_length={source.max_length}: the model has {model.config.max_length} positions"

@@ -15,6 +15,7 @@ template's own. A conversation without such text has one piece, which is the ord
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,6 +109,21 @@ def stop_tokens(tokenizer: Any) -> set[int]:
     if tokenizer.chat_template:
         stops.add(_analysed(tokenizer).stop)
     return stops
+
+
+def check_ids(tokens: Sequence[int], vocab_size: int, tokenizer: Any, source: str) -> None:
+    """Refuses an id that the model has no embedding for: a tokenizer may know more tokens than there are rows.
+
+    Raises:
+        errors.UserError: names `source` and the token.
+    """
+    token = int(np.max(tokens, initial=0))
+    if token >= vocab_size:
+        text = json.dumps(tokenizer.convert_ids_to_tokens(token), ensure_ascii=False)
+        raise errors.UserError(
+            f"{source}: token {token} ({text}) is not one of the model's {vocab_size} embedding rows; "
+            "take its text out"
+        )
 
 
 def _with_system(messages: Sequence[Mapping[str, str]], system: str | None) -> list[dict[str, str]]:

@@ -39,8 +39,14 @@ class Data:
     report: dict[str, Any]
 
 
-def load(source: Source, tokenizer: Any, *, seed: int) -> Data:
+def load(source: Source, tokenizer: Any, *, seed: int, vocab_size: int) -> Data:
     """Reads, splits, encodes and fits all sets.
+
+    Args:
+      source: where from and how.
+      tokenizer: of the model.
+      seed: of the split.
+      vocab_size: rows of the model's embedding.
 
     Raises:
       UserError: a file or row cannot be used, or nothing is left to train on.
@@ -65,6 +71,8 @@ def load(source: Source, tokenizer: Any, *, seed: int) -> Data:
     for name, examples in (("train", train), ("valid", valid), ("test", test)):
         rows = [chat.encode(tokenizer, e, system=source.system or None) for e in examples]
         sets[name], fitted = batches.fit(rows, source.max_length, source.overlength)
+        for row in sets[name]:
+            chat.check_ids(row.tokens, vocab_size, tokenizer, row.source)
         report[name] = dataclasses.asdict(fitted) | _tokens(sets[name])
     if not sets["train"]:
         raise errors.UserError(f"{source.train}: no row is left to train on: {report['train']}")

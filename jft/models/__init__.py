@@ -22,7 +22,7 @@ class Model:
     Attributes:
       name: what the user asked for.
       config: of the decoder.
-      params: nested dict of arrays on the default device.
+      params: nested dict of arrays, each on the devices that it was loaded onto.
       tokenizer: a transformers tokenizer.
       fingerprint: of the tensors as stored; the same for every dtype that they are loaded in.
     """
@@ -59,7 +59,13 @@ def check_dtype(dtype: str) -> None:
         raise errors.UserError(f"model.dtype={dtype!r}: one of {', '.join(DTYPES)}")
 
 
-def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> Model:
+def load(
+    path: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    shardings: hf.Shardings | None = None,
+) -> Model:
     """Loads a model.
 
     Args:
@@ -67,6 +73,7 @@ def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> M
         embedded model (`smollm2-135m-instruct`).
       dtype: of the parameters: "float32" or "bfloat16".
       revision: of a Hub name.
+      shardings: the sharding of each parameter by path and shape; None for the default device.
 
     Raises:
       UserError: it cannot be had, is damaged, or needs something that is not implemented.
@@ -74,5 +81,5 @@ def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> M
     check_dtype(dtype)
     place = pathlib.Path(resolve.resolve(path, revision))
     room = gguf if place.suffix == ".gguf" else hf
-    config, params, fingerprint = room.load(place, dtype)
-    return Model(path, config, jax.device_put(params), room.tokenizer(place), fingerprint)
+    config, params, fingerprint = room.load(place, dtype, shardings)
+    return Model(path, config, params, room.tokenizer(place), fingerprint)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jft.models import pages
+
 _BLOCKS, _BLOCK = 64, 4096
 
 
@@ -34,6 +36,7 @@ def compute(tensors: Mapping[str, tuple[str, tuple[int, ...], np.ndarray]]) -> s
         digest.update(len(header).to_bytes(8, "little") + header)
         for start in _starts(raw.size):
             digest.update(raw[start : start + _BLOCK])
+        pages.release(raw)
     return f"sha256:{digest.hexdigest()[:32]}"
 
 

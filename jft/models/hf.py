@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a Hugging Face model folder: config.json, safetensors (one file or shards), tokenizer.
 
-Tensors come through memory maps one at a time and go straight into the stacked arrays, allocated
-once: the peak is the parameters and a few rows. What the files hold must be exactly what the
+Tensors come through memory maps one at a time and go straight into their shards on the devices:
+the peak is the parameters and the largest tensor. What the files hold must be exactly what the
 configuration says; nothing is unpickled and no code of the folder is run.
 """
 
@@ -12,28 +12,48 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from jft import errors, tree
-from jft.models import architecture, decoder, families, fingerprint, safetensors
+from jft.models import (
+    architecture,
+    decoder,
+    families,
+    fingerprint,
+    folders,
+    names,
+    pages,
+    placing,
+    safetensors,
+)
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_ROWS = 128  # rows cast, checked and turned at once: small enough for the cache, 2.4 times faster
-_HARMLESS = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old releases saved
-_HEAD = "lm_head.weight"
+Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # of a leaf's path and shape
+
+_CONFIG = "config.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed/embedding"
+# Constants that some releases saved: rotary frequencies, and GPT-2's causal mask and what it puts there.
+_HARMLESS = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    r"|transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+)
+_COMPARED = 1 << 24  # bytes at once
 
 
-def load(folder: str | pathlib.Path, dtype: Any) -> tuple[architecture.Config, decoder.Params, str]:
+def load(
+    folder: str | pathlib.Path, dtype: Any, shardings: Shardings | None = None
+) -> tuple[architecture.Config, decoder.Params, str]:
     """A model from its folder.
 
     Args:
       folder: holds config.json and model.safetensors, or its index and shards.
       dtype: of the parameters, such as "float32" or "bfloat16".
+      shardings: as for `assemble`.
 
     Returns:
-      The configuration, the parameters as a nested dict of numpy arrays, and the fingerprint of
-      the tensors as stored.
+      The configuration, the parameters as a nested dict of arrays, and the fingerprint of the
+      tensors as stored.
 
     Raises:
       errors.UserError: a file is missing or damaged, the configuration is not implemented, or the
@@ -41,21 +61,27 @@ def load(folder: str | pathlib.Path, dtype: Any) -> tuple[architecture.Config, d
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
-    stored = _read_weights(folder)
+    stored = _by_full_names(safetensors.read_folder(folder), config)
     _match(config, stored, folder)
     params = assemble(
-        config, dtype, lambda name: stored[name].values(), lambda name: stored[name].where
+        config,
+        dtype,
+        lambda name: stored[name].values(),
+        lambda name: stored[name].where,
+        shardings,
     )
-    used = [stored[name] for name in families.tensors(config)]
-    return config, params, fingerprint.compute({t.name: (t.dtype, t.shape, t.raw) for t in used})
+    used = {name: stored[name] for name in families.tensors(config)}
+    raw = {name: (tensor.dtype, tensor.shape, tensor.raw) for name, tensor in used.items()}
+    return config, params, fingerprint.compute(raw)
 
 
 def read_config(folder: str | pathlib.Path) -> architecture.Config:
     """The configuration alone."""
-    path = pathlib.Path(folder) / "config.json"
-    if not path.is_file():
-        raise errors.UserError(f"{folder}: no config.json{_hint(pathlib.Path(folder))}")
-    return families.from_hf(_read_json(path), str(path))
+    folder = pathlib.Path(folder)
+    if not folders.has(folder, _CONFIG):
+        raise errors.UserError(f"{folder}: no {_CONFIG}{folders.hint(folder)}")
+    path = folders.file(folder, _CONFIG)
+    return families.from_hf(folders.read_json(path), str(path))
 
 
 def assemble(
@@ -63,24 +89,42 @@ def assemble(
     dtype: Any,
     fetch: Callable[[str], np.ndarray],
     where: Callable[[str], str],
+    shardings: Shardings | None = None,
 ) -> decoder.Params:
-    """Puts tensors, fetched by their Hugging Face names, into the stacked parameters.
+    """Puts tensors, fetched by their Hugging Face names, into the stacked parameters on their devices.
+
+    One parameter at a time is in host memory besides those that the devices keep there, as far as devices of this
+    host hold it.
 
     Args:
       config: says which tensors there are and their shapes, which the caller has checked.
       dtype: of the parameters.
-      fetch: gives a tensor by name; called once for each.
+      fetch: gives a tensor by name; called once for each that this host needs. A view of a memory
+        map is released after use (see `pages`).
       where: the place of a tensor, for messages.
+      shardings: the sharding of each parameter by path and shape; None for the default device.
     """
     dtype = _float_dtype(dtype)
-    leaves: dict[str, np.ndarray] = {}
-    shapes = tree.flatten(decoder.shapes(config))
+    stacks: dict[str, list[tuple[str, names.Weight, names.Index]]] = {}
     for name, (weight, index) in families.tensors(config).items():
-        if weight.path not in leaves:
-            leaves[weight.path] = np.empty(shapes[weight.path].shape, dtype)
-        # `to_file` of a contiguous array is a view (only whole axes move), so this fills the target.
-        _fill(weight.to_file(leaves[weight.path][index], config), fetch(name), where(name))
-    return tree.unflatten(leaves)
+        stacks.setdefault(weight.path, []).append((name, weight, index))
+
+    def leaf(path: str, shape: tuple[int, ...]) -> jax.Array:
+        sharding = shardings(path, shape) if shardings else None
+        parts = placing.parts(shape, dtype, sharding)
+        for name, weight, index in stacks[path]:
+            needing = [part for part in parts if part.meets(index)]
+            if needing:
+                tensor = fetch(name)
+                own = weight.from_file(tensor, config)
+                if not all(part.fill(index, own) for part in needing):
+                    raise errors.UserError(f"{where(name)}: {placing.fault(tensor, dtype)}")
+                pages.release(tensor)
+        # Here the whole leaf is in hand, and nowhere else: what changes a leaf before it is placed goes here.
+        return placing.place(shape, dtype, sharding, parts)
+
+    shapes = tree.flatten(decoder.shapes(config))
+    return tree.unflatten({path: leaf(path, shape.shape) for path, shape in shapes.items()})
 
 
 def tokenizer(folder: str | pathlib.Path) -> Any:
@@ -115,82 +159,24 @@ def _as_written(found: Any, folder: pathlib.Path) -> bool:
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
         return False
-    got, written = json.loads(backend.to_str()), _read_json(_tokenizer_json(folder))
+    got, written = json.loads(backend.to_str()), folders.read_json(_tokenizer_json(folder))
     return all(got.get(part) == written.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_bytes())
-    except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise errors.UserError(f"{path}: a JSON object is expected, not {type(parsed).__name__}")
-    return parsed
+def _by_full_names(
+    stored: Mapping[str, safetensors.Tensor], config: architecture.Config
+) -> dict[str, safetensors.Tensor]:
+    """The tensors by the names that they have in a whole model.
 
-
-def _read_weights(folder: pathlib.Path) -> dict[str, safetensors.Tensor]:
-    single, index = folder / _SINGLE, folder / _INDEX
-    if single.is_file() and index.is_file():
-        raise errors.UserError(f"{folder}: both {_SINGLE} and {_INDEX} are there; remove one")
-    if single.is_file():
-        return safetensors.read(single)
-    if index.is_file():
-        return _read_shards(folder, index)
-    raise errors.UserError(f"{folder}: no {_SINGLE} and no {_INDEX}{_hint(folder)}")
-
-
-def _hint(folder: pathlib.Path) -> str:
-    """What a folder without a model in safetensors holds instead."""
-    if not folder.is_dir():
-        return " (there is no such folder)"
-    names = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in names:
-        return " (this is an adapter's folder; give the base model's)"
-    for suffix, advice in (
-        (".gguf", "give that file's path"),
-        (".bin", "pickled files are never read; convert them to safetensors"),
-        (".pth", "pickled files are never read; convert them to safetensors"),
-        (".safetensors", "not a name that is looked for"),
-    ):
-        held = [name for name in names if name.endswith(suffix)]
-        if held:
-            return f" (there is {held[0]}: {advice})"
-    return ""
-
-
-def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, safetensors.Tensor]:
-    placed = _read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-        raise errors.UserError(f"{index}: weight_map is not an object of names and files")
-    found: dict[str, safetensors.Tensor] = {}
-    for file in sorted(set(placed.values())):
-        # By the letters of the path: a hub's cache links files to elsewhere, rightly.
-        if pathlib.PurePosixPath(file).parts != (file,) or "\\" in file or file in (".", ".."):
-            raise errors.UserError(
-                f"{index}: weight_map names {file!r}, not a file's name in the folder"
-            )
-        if not (folder / file).is_file():
-            raise errors.UserError(f"{index}: names {file}, which is not in the folder")
-        for name, tensor in safetensors.read(folder / file).items():
-            if name in found:
-                raise errors.UserError(f"{tensor.where}: is also in {found[name].file.name}")
-            found[name] = tensor
-    _check_index(placed, found, index)
-    return found
-
-
-def _check_index(
-    placed: Mapping[str, str], found: Mapping[str, safetensors.Tensor], index: pathlib.Path
-) -> None:
-    for name, file in placed.items():
-        if name not in found or found[name].file.name != file:
-            raise errors.UserError(f"{index}: {name} should be in {file} and is not")
-    unlisted = sorted(set(found) - set(placed))
-    if unlisted:
-        raise errors.UserError(f"{found[unlisted[0]].where}: is not in {index.name}")
+    A file of the model without its head, as OpenAI published GPT-2, lacks the prefix of all of them.
+    """
+    rows = families.tensors(config).items()
+    prefix = next(name for name, (weight, _) in rows if weight.path == _EMBEDDING).split(".")[0]
+    if any(name.startswith(f"{prefix}.") for name in stored):
+        return dict(stored)
+    return {
+        name if name == _HEAD else f"{prefix}.{name}": tensor for name, tensor in stored.items()
+    }
 
 
 def _match(
@@ -215,7 +201,7 @@ def _match(
             if tensor.dtype not in safetensors.FLOATS:
                 raise errors.UserError(f"{tensor.where}: stored as {tensor.dtype}, not a float")
         elif name == _HEAD:
-            embedding = next(n for n, (w, _) in expected.items() if w.path == "embed/embedding")
+            embedding = next(n for n, (w, _) in expected.items() if w.path == _EMBEDDING)
             _refuse_other_head(tensor, stored[embedding])
         elif not _HARMLESS.fullmatch(name):
             raise errors.UserError(f"{tensor.where}: config.json asks for no such tensor")
@@ -224,10 +210,21 @@ def _match(
 def _refuse_other_head(head: safetensors.Tensor, embedding: safetensors.Tensor) -> None:
     """A head saved beside a tied embedding is left out when it says the same."""
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    if not same or not np.array_equal(head.raw, embedding.raw):
+    if not same or not _equal_bytes(head.raw, embedding.raw):
         raise errors.UserError(
             f"{head.where}: differs from {embedding.name}, and config.json says tie_word_embeddings"
         )
+
+
+def _equal_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    for start in range(0, one.size, _COMPARED):
+        blocks = [raw[start : start + _COMPARED] for raw in (one, other)]
+        same = np.array_equal(*blocks)
+        for block in blocks:
+            pages.release(block)
+        if not same:
+            return False
+    return True
 
 
 def _float_dtype(dtype: Any) -> np.dtype:
@@ -236,18 +233,6 @@ def _float_dtype(dtype: Any) -> np.dtype:
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in named:
         raise errors.UserError(f"dtype {name!r} is not one of {', '.join(named)}")
+    if jax.dtypes.canonicalize_dtype(named[name]) != named[name]:
+        raise errors.UserError(f"dtype {name!r} needs jax_enable_x64")
     return named[name]
-
-
-def _fill(target: np.ndarray, tensor: np.ndarray, where: str) -> None:
-    """target[...] = tensor, by blocks of rows, refusing what is not finite."""
-    for start in range(0, len(tensor), _ROWS):
-        block = tensor[start : start + _ROWS]
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = block.astype(target.dtype, copy=False)
-        if not np.isfinite(cast).all():
-            if np.isfinite(block).all():
-                raise errors.UserError(f"{where}: has values too large for {target.dtype}")
-            row = start + int(np.argwhere(~np.isfinite(block))[0][0])
-            raise errors.UserError(f"{where}: has a value that is not finite, in row {row}")
-        target[start : start + _ROWS] = cast
