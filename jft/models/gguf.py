@@ -25,19 +25,23 @@ from jft.models import (
     gguf_tokenizer,
     hf,
     names,
+    pages,
 )
 
 
-def load(path: str | pathlib.Path, dtype: Any) -> tuple[architecture.Config, decoder.Params, str]:
+def load(
+    path: str | pathlib.Path, dtype: Any, shardings: hf.Shardings | None = None
+) -> tuple[architecture.Config, decoder.Params, str]:
     """A model from its file; as `hf.load`.
 
     Args:
       path: the .gguf file; any block type that the `gguf` package can dequantise.
       dtype: of the parameters, such as "float32".
+      shardings: as in `hf.load`.
 
     Returns:
-      The configuration, the parameters as a nested dict of numpy arrays, and the fingerprint of
-      the tensors as stored.
+      The configuration, the parameters as a nested dict of arrays, and the fingerprint of the
+      tensors as stored.
 
     Raises:
       errors.UserError: damaged, another architecture, or tensors that are not the expected ones.
@@ -57,7 +61,7 @@ def load(path: str | pathlib.Path, dtype: Any) -> tuple[architecture.Config, dec
     def where(name: str) -> str:
         return f"{file.path}: {' and '.join(source.name for source in wanted[name])}"
 
-    params = hf.assemble(config, dtype, fetch, where)
+    params = hf.assemble(config, dtype, fetch, where, shardings)
     return config, params, _fingerprint(file, wanted)
 
 
@@ -82,7 +86,9 @@ class _Source:
 
     def read(self, file: gguf_file.File, c: architecture.Config) -> np.ndarray:
         """In our layout."""
-        values = gguf_blocks.dequantise(file.tensors[self.name], file.path, self.expert)
+        tensor = file.tensors[self.name]
+        values = gguf_blocks.dequantise(tensor, file.path, self.expert)
+        pages.release(tensor.raw)
         if self.expert is None:
             return self.row.from_file(values, c)
         return self.row.from_file(values[None], _one_expert(c))[0]
