@@ -21,7 +21,7 @@ from jft.data import chat
 from jft.models import architecture, decoder, decoding
 
 # Lengths are rounded up to these, so that a chat that grows does not compile anew at every turn.
-PROMPT_STEP, CACHE_STEP = 32, 128
+PROMPT_STEP, CACHE_STEP = 16, 128
 # Tokens decoded between two looks at whether all rows have stopped.
 STRIDE = 16
 
@@ -126,12 +126,13 @@ class Generator:
         done = np.isin(columns[0], list(self.stop)).any(axis=1)
         left = sampling.max_new_tokens - 1
         while left > 0 and not done.all():
-            count = min(STRIDE, left)
-            state, tokens_BT = self._step(state, count, sampling)
+            # Always a whole stride, so that one program does; what is beyond max_new_tokens is dropped below.
+            state, tokens_BT = self._step(state, STRIDE, sampling)
             columns.append(np.asarray(tokens_BT))
             done |= np.isin(columns[-1], list(self.stop)).any(axis=1)
-            left -= count
-        return [self._until_stop(row) for row in np.concatenate(columns, axis=1)]
+            left -= STRIDE
+        rows = np.concatenate(columns, axis=1)[:, : sampling.max_new_tokens]
+        return [self._until_stop(row) for row in rows]
 
     def text(self, tokens: Sequence[int]) -> str:
         tokens = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
@@ -160,7 +161,7 @@ class Generator:
         tokens_BT = np.zeros((len(prompts), T), np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             row[: len(prompt)] = prompt
-        finished = max(longest, width) + sampling.max_new_tokens
+        finished = max(longest, width) + _round_up(sampling.max_new_tokens, STRIDE)
         dtype = self.model.params["embed"]["embedding"].dtype
         cache = decoding.init_cache(
             self.model.config,

@@ -217,28 +217,36 @@ def _scaled(x: jax.Array, scale: float) -> jax.Array:
     return x if scale == 1.0 else x * scale
 
 
+# How keys and values meet queries and weights: as they were just made, and as a cache holds them.
+FRESH = ("BTKGH,BSKH->BKGTS", "BKGTS,BSKH->BTKGH")
+CACHED = ("BTKGH,BKHS->BKGTS", "BKGTS,BKSH->BTKGH")
+
+
 def attend(
     c: architecture.Config,
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
     mask_BTS: jax.Array,
     sinks_N: jax.Array | None = None,
+    *,
+    equations: tuple[str, str] = FRESH,
 ) -> jax.Array:
     """Softmax attention; the softmax in at least float32. Rows whose mask is empty give finite garbage.
 
     Args:
       c: for the scale of the scores and their soft cap.
-      q_BTNH, k_BSKH, v_BSKH: heads; N is a multiple of K.
+      q_BTNH: queries; N is a multiple of K.
+      keys, values: [B, S, K, H], or as `equations` says.
       mask_BTS: what each query sees.
       sinks_N: a logit per head whose weight goes to nothing (https://arxiv.org/abs/2309.17453).
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = c.num_kv_heads
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     scale = H**-0.5 if c.attention_scale is None else c.attention_scale
     q_BTKGH = (q_BTNH * scale).reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
+    scores = jnp.einsum(equations[0], q_BTKGH, keys, preferred_element_type=wide)
     if c.attention_softcap:
         scores = c.attention_softcap * jnp.tanh(scores / c.attention_softcap)
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(wide).min)
@@ -246,7 +254,7 @@ def attend(
         sinks = sinks_N.astype(wide).reshape(K, N // K, 1, 1)
         sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     if sinks_N is not None:
         weights = weights[..., :-1]
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    return jnp.einsum(equations[1], weights, values).reshape(B, T, N, H)
