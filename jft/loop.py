@@ -388,7 +388,7 @@ def _save_result(job: Job, trainable: Any, name: str, number: int, scores: dict[
     sidecar = runs.Sidecar(
         kind="lora" if c.lora.rank else "full",
         base=c.model.path,
-        revision=c.model.revision,
+        revision=job.model.revision,
         dtype=c.model.dtype,
         fingerprint=job.model.fingerprint,
         system=c.data.system,

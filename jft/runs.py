@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from jft import errors, lora, models
-from jft.data import load
+from jft.data import chat, load
 from jft.lora import peft
 from jft.models import export
 
@@ -106,7 +106,11 @@ def save_result(
             revision=sidecar.revision or None,
         )
     else:
-        export.save(folder, model.config, trainable, model.tokenizer)
+        stop = chat.stop_tokens(model.tokenizer)
+        record = dataclasses.asdict(sidecar)
+        export.save(
+            folder, model.config, trainable, model.tokenizer, stop=stop, record=record, force=True
+        )
     write_json(folder / SIDECAR, dataclasses.asdict(sidecar))
 
 

@@ -25,6 +25,7 @@ class Model:
       params: nested dict of arrays, each on the devices that it was loaded onto.
       tokenizer: a transformers tokenizer.
       fingerprint: of the tensors as stored; the same for every dtype that they are loaded in.
+      revision: of a Hub name: the commit that was loaded; "" for other places.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Model:
     params: decoder.Params
     tokenizer: Any
     fingerprint: str
+    revision: str = ""
 
     def apply(
         self,
@@ -82,4 +84,5 @@ def load(
     place = pathlib.Path(resolve.resolve(path, revision))
     room = gguf if place.suffix == ".gguf" else hf
     config, params, fingerprint = room.load(place, dtype, shardings)
-    return Model(path, config, params, room.tokenizer(place), fingerprint)
+    pinned = resolve.commit(place) or revision or ""
+    return Model(path, config, params, room.tokenizer(place), fingerprint, pinned)

@@ -9,7 +9,7 @@ configuration says; nothing is unpickled and no code of the folder is run.
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jft.models import (
     families,
     fingerprint,
     folders,
+    mxfp4,
     names,
     pages,
     placing,
@@ -62,17 +63,32 @@ def load(
     folder = pathlib.Path(folder)
     config = read_config(folder)
     stored = _by_full_names(safetensors.read_folder(folder), config)
-    _match(config, stored, folder)
-    params = assemble(
-        config,
-        dtype,
-        lambda name: stored[name].values(),
-        lambda name: stored[name].where,
-        shardings,
-    )
-    used = {name: stored[name] for name in families.tensors(config)}
-    raw = {name: (tensor.dtype, tensor.shape, tensor.raw) for name, tensor in used.items()}
+    packed = _packed(stored, families.tensors(config))
+    _match(config, stored, packed, folder)
+
+    def fetch(name: str) -> np.ndarray:
+        if name not in packed:
+            return stored[name].values()
+        blocks, scales = (stored[part] for part in packed[name])
+        values = mxfp4.experts(blocks.values(), scales.values())
+        pages.release(blocks.raw)
+        return values
+
+    def where(name: str) -> str:
+        return stored[packed[name][0] if name in packed else name].where
+
+    params = assemble(config, dtype, fetch, where, shardings)
+    used = [part for name in families.tensors(config) for part in packed.get(name, (name,))]
+    raw = {name: (stored[name].dtype, stored[name].shape, stored[name].raw) for name in used}
     return config, params, fingerprint.compute(raw)
+
+
+def _packed(
+    stored: Mapping[str, safetensors.Tensor], expected: Collection[str]
+) -> dict[str, tuple[str, str]]:
+    """Tensors that are there as MXFP4 instead: by name, those of their blocks and scales."""
+    parts = {name: (f"{name}_blocks", f"{name}_scales") for name in expected if name not in stored}
+    return {name: both for name, both in parts.items() if all(part in stored for part in both)}
 
 
 def read_config(folder: str | pathlib.Path) -> architecture.Config:
@@ -180,18 +196,26 @@ def _by_full_names(
 
 
 def _match(
-    config: architecture.Config, stored: Mapping[str, safetensors.Tensor], folder: pathlib.Path
+    config: architecture.Config,
+    stored: Mapping[str, safetensors.Tensor],
+    packed: Mapping[str, tuple[str, str]],
+    folder: pathlib.Path,
 ) -> None:
     """Each expected tensor exactly once, in its shape, and nothing else."""
     expected = families.tensors(config)
-    missing = [name for name in expected if name not in stored]
+    missing = [name for name in expected if name not in stored and name not in packed]
     if missing:
         why = "; is tie_word_embeddings of config.json right?" if missing == [_HEAD] else ""
         raise errors.UserError(
             f"{folder}: {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are)"
             + why
         )
+    for name, both in packed.items():
+        _check_packed([stored[part] for part in both], expected[name][0].stored_shape(config))
+    halves = {part for both in packed.values() for part in both}
     for name, tensor in stored.items():
+        if name in halves:
+            continue
         if name in expected:
             shape = expected[name][0].stored_shape(config)
             if tensor.shape != shape:
@@ -205,6 +229,18 @@ def _match(
             _refuse_other_head(tensor, stored[embedding])
         elif not _HARMLESS.fullmatch(name):
             raise errors.UserError(f"{tensor.where}: config.json asks for no such tensor")
+
+
+def _check_packed(both: Sequence[safetensors.Tensor], shape: tuple[int, ...]) -> None:
+    """Raises UserError unless blocks and scales are bytes of the right shapes for [experts, inputs, outputs]."""
+    experts, inputs, outputs = shape
+    count = inputs // mxfp4.BLOCK
+    for tensor, want in zip(both, ((count, mxfp4.BLOCK // 2), (count,)), strict=True):
+        wanted = (experts, outputs, *want)
+        if tensor.dtype != "U8" or tensor.shape != wanted or inputs % mxfp4.BLOCK:
+            raise errors.UserError(
+                f"{tensor.where}: {tensor.dtype} {tensor.shape}, config.json says U8 {wanted}"
+            )
 
 
 def _refuse_other_head(head: safetensors.Tensor, embedding: safetensors.Tensor) -> None:

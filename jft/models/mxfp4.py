@@ -27,3 +27,12 @@ def dequantise(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     power = np.where(scales == 255, np.float32(np.nan), power)
     values = _TABLE[codes] * power[..., None]
     return values.reshape(*blocks.shape[:-2], -1)
+
+
+def experts(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Kernels of experts, one at a time: [E, out, blocks, 16] and [E, out, blocks] to float32 [E, in, out]."""
+    count, outputs, blocks_per_row, _ = blocks.shape
+    values = np.empty((count, blocks_per_row * BLOCK, outputs), np.float32)
+    for own, packed, scale in zip(values, blocks, scales, strict=True):
+        own[...] = dequantise(packed, scale).T
+    return values

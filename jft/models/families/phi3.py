@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from jft.models import architecture, names
+from jft.models import architecture, names, rope
 from jft.models.families import family, rope_settings, settings
 
 
@@ -28,7 +28,13 @@ def write(c: architecture.Config) -> dict[str, Any]:
     del keys["head_dim"]  # transformers' class has none: it is hidden_size / num_attention_heads
     scaling = keys["rope_scaling"]
     if scaling:
-        keys["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+        # transformers 4 wants these keys alone, so the attention factor goes in only where it is not the usual one.
+        original = scaling.pop("original_max_position_embeddings")
+        keys["original_max_position_embeddings"] = original
+        usual = rope.longrope_attention_factor(c.max_length / original, original)
+        if scaling["attention_factor"] == usual:
+            del scaling["attention_factor"]
+        scaling["type"] = scaling.pop("rope_type")
     return keys | {
         "hidden_act": settings.hf_activation(str(c.activation)),
         "sliding_window": settings.window(c),
