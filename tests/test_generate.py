@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation: rows together as each alone, with an adapter and without, whichever way the layers are computed."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jft
+from jft import generate, lora
+from jft.models import architecture, decoder, decoding
+
+PROMPTS = [[1, 5, 9, 40, 2, 7], [8, 3], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 41]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: pathlib.Path) -> Any:
+    return jft.load(str(tiny_model))
+
+
+def adapters_of(model: Any) -> lora.Adapters:
+    """On kernels of the layers and on the embedding, large enough to change the answers."""
+    targets = r"layers/.*/kernel|embed/embedding"
+    spec = lora.Spec(rank=2, targets=targets, layouts=architecture.LAYOUTS)
+    fresh = lora.init(spec, model.params, key=jax.random.key(0))
+    draw = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape)  # noqa: E731
+    return jax.tree.map(draw, fresh)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_rows_together_are_each_row_alone(model: Any, adapted: bool) -> None:
+    generator = generate.Generator(model, adapters_of(model) if adapted else None)
+    generator.stop = frozenset()
+    sampling = generate.Sampling(max_new_tokens=21)  # a stride, and a part of one
+    together = generator.batch(PROMPTS, sampling)
+    alone = [list(generator.stream(prompt, sampling)) for prompt in PROMPTS]
+    assert together == alone
+    assert [len(row) for row in together] == [21] * 3
+    if adapted:
+        plain = generate.Generator(model)
+        plain.stop = frozenset()
+        assert together != plain.batch(PROMPTS, sampling)
+
+
+def test_a_stop_token_ends_its_row_alone(model: Any) -> None:
+    generator = generate.Generator(model)
+    generator.stop = frozenset()
+    sampling = generate.Sampling(max_new_tokens=40)
+    free = generator.batch(PROMPTS, sampling)
+    stop = free[0][18]
+    generator.stop = frozenset([stop])
+    for row, stopped in zip(free, generator.batch(PROMPTS, sampling), strict=True):
+        assert stopped == (row[: row.index(stop) + 1] if stop in row else row)
+
+
+@pytest.mark.parametrize("experts", [None, architecture.Experts(4, 2)])
+def test_layers_apart_compute_what_stacked_layers_do(
+    experts: architecture.Experts | None, x64: None, quick_compiles: None
+) -> None:
+    """With windows that the sequence leaves behind, and a pattern that the layers end in the middle of."""
+    c = architecture.Config(
+        vocab_size=40,
+        d_model=16,
+        num_layers=5,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        d_ff=12,
+        max_length=64,
+        pattern=(architecture.Layer(window=3), architecture.Layer()),
+        experts=experts,
+    )
+    params = decoder.init(c, key=jax.random.key(0), dtype=jnp.float64)
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 7))
+    cache = decoding.init_cache(c, 2, 12, jnp.float64)
+    positions = np.broadcast_to(np.arange(7), (2, 7))
+    _, cache = decoding.prefill(c, params, tokens, positions, np.ones((2, 7), bool), cache)
+    apart, cache_apart = decoding.apart(params), decoding.cache_apart(cache)
+    for position in range(7, 11):
+        token_B, position_B = jnp.array([3, position]), jnp.array([position, position])
+        x_BD, cache = decoding.step(c, params, token_B, position_B, cache)
+        y_BD, cache_apart = decoding.step(c, apart, token_B, position_B, cache_apart)
+        np.testing.assert_allclose(y_BD, x_BD, rtol=1e-12, atol=1e-12)
