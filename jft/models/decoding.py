@@ -138,10 +138,10 @@ def step(
         cache = _put(cache, kind, index, position_B[:, None] % slots, k, v)
         # A slot holds the last position that falls on it: none before the first round is over.
         age_BS = (position_B[:, None] - jnp.arange(slots)) % slots
-        seen_BTS = (age_BS <= position_B[:, None])[:, None]
+        seen_BS = age_BS <= position_B[:, None]
         keys, values = (_of_layer(part[kind], index) for part in (cache.keys, cache.values))
-        attended = layers.attend(c, q, keys, values, seen_BTS, sinks, equations=layers.CACHED)
-        return attended, cache
+        attended_BNH = layers.attend_to_cache(c, q[:, 0], keys, values, seen_BS, sinks)
+        return attended_BNH[:, None], cache
 
     x_BTD, cache = _layers(c, params, token_B[:, None], position_B[:, None], cache, attend)
     return x_BTD[:, 0], cache
