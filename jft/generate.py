@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jft import errors, lora, models, tree
+from jft import errors, lora, models
 from jft.data import chat
 from jft.models import architecture, decoder, decoding
 
@@ -83,7 +83,6 @@ class Generator:
             static_argnames=("count", "sampling"),
             donate_argnames="state",
         )
-        self._cache_apart = jax.jit(decoding.cache_apart)
 
     def with_adapters(self, adapters: lora.Adapters) -> "Generator":
         """The same with another adapter; one of equal shapes uses the same compiled programs."""
@@ -100,7 +99,7 @@ class Generator:
                 return
             yield token
             if produced < sampling.max_new_tokens:
-                state, _ = self._step(state, 1, sampling, (self.model.params, self.adapters))
+                state, _ = self._step(state, 1, sampling)
 
     def stream_text(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """The answer's text in pieces; a character that several tokens make up comes when it is whole."""
@@ -123,17 +122,12 @@ class Generator:
         `width` pads prompts to at least so many tokens: batches of one width share a compiled program.
         """
         state = self._start(prompts, sampling, width)
-        whole = self.model.params, self.adapters
-        if len(prompts) > 1 and _takes_apart(self.model.params):
-            state = dataclasses.replace(state, cache=self._cache_apart(state.cache))
-            count = self.model.config.num_layers
-            whole = self._apart, _adapters_apart(self.adapters, count)
         columns = [np.asarray(state.token_B)[:, None]]
         done = np.isin(columns[0], list(self.stop)).any(axis=1)
         left = sampling.max_new_tokens - 1
         while left > 0 and not done.all():
             # Always a whole stride, so that one program does; what is beyond max_new_tokens is dropped below.
-            state, tokens_BT = self._step(state, STRIDE, sampling, whole)
+            state, tokens_BT = self._step(state, STRIDE, sampling)
             columns.append(np.asarray(tokens_BT))
             done |= np.isin(columns[-1], list(self.stop)).any(axis=1)
             left -= STRIDE
@@ -182,37 +176,14 @@ class Generator:
             self.model.params, self.adapters, tokens_BT, lengths, cache, key, sampling=chosen
         )
 
-    def _step(
-        self, state: _Decoding, count: int, sampling: Sampling, whole: tuple[Any, Any]
-    ) -> Any:
-        """`whole` is the parameters and the adapters."""
-        return self._advance(*whole, state=state, count=count, sampling=_choice(sampling))
-
-    @functools.cached_property
-    def _apart(self) -> decoder.Params:
-        return decoding.apart(self.model.params)
-
-
-def _takes_apart(params: decoder.Params) -> bool:
-    """Whether decoding several rows is faster layer by layer: on one CPU, for 8 rows of SmolLM2-135M by a tenth to a
-    fifth; it costs a second or two of compiling, and with one row it is not worth that."""
-    leaves = jax.tree.leaves(params, is_leaf=tree.is_quantized)
-    plain = all(isinstance(x, jax.Array) and len(x.devices()) == 1 for x in leaves)
-    return plain and all(x.device.platform == "cpu" for x in leaves)
-
-
-def _adapters_apart(adapters: lora.Adapters, num_layers: int) -> lora.Adapters:
-    """The adapters of layers that are apart."""
-    found: dict[str, lora.Factors] = {}
-    for path, factors in adapters.items():
-        if not path.startswith("layers/"):
-            found[path] = factors
-            continue
-        for i in range(num_layers):
-            found[path.replace("layers/", f"layers/{i}/", 1)] = dataclasses.replace(
-                jax.tree.map(lambda x, i=i: x[i], factors), layout=factors.layout[1:]
-            )
-    return found
+    def _step(self, state: _Decoding, count: int, sampling: Sampling) -> Any:
+        return self._advance(
+            self.model.params,
+            self.adapters,
+            state=state,
+            count=count,
+            sampling=_choice(sampling),
+        )
 
 
 def _choice(sampling: Sampling) -> Sampling:
@@ -249,7 +220,7 @@ def _following(
 ) -> tuple[jax.Array, decoding.Cache]:
     """Logits_BV after one more token per row, and the cache."""
     x_BD, cache = decoding.step(c, params, token_B, position_B, cache)
-    return decoder.head(c, params, x_BD), cache
+    return decoder.head(c, params, x_BD, few=True), cache
 
 
 def _prefill(

@@ -5,13 +5,11 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jft
 from jft import generate, lora
-from jft.models import architecture, decoder, decoding
+from jft.models import architecture
 
 PROMPTS = [[1, 5, 9, 40, 2, 7], [8, 3], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 41]]
 
@@ -54,33 +52,3 @@ def test_a_stop_token_ends_its_row_alone(model: Any) -> None:
     generator.stop = frozenset([stop])
     for row, stopped in zip(free, generator.batch(PROMPTS, sampling), strict=True):
         assert stopped == (row[: row.index(stop) + 1] if stop in row else row)
-
-
-@pytest.mark.parametrize("experts", [None, architecture.Experts(4, 2)])
-def test_layers_apart_compute_what_stacked_layers_do(
-    experts: architecture.Experts | None, x64: None, quick_compiles: None
-) -> None:
-    """With windows that the sequence leaves behind, and a pattern that the layers end in the middle of."""
-    c = architecture.Config(
-        vocab_size=40,
-        d_model=16,
-        num_layers=5,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        d_ff=12,
-        max_length=64,
-        pattern=(architecture.Layer(window=3), architecture.Layer()),
-        experts=experts,
-    )
-    params = decoder.init(c, key=jax.random.key(0), dtype=jnp.float64)
-    tokens = np.random.default_rng(0).integers(0, 40, (2, 7))
-    cache = decoding.init_cache(c, 2, 12, jnp.float64)
-    positions = np.broadcast_to(np.arange(7), (2, 7))
-    _, cache = decoding.prefill(c, params, tokens, positions, np.ones((2, 7), bool), cache)
-    apart, cache_apart = decoding.apart(params), decoding.cache_apart(cache)
-    for position in range(7, 11):
-        token_B, position_B = jnp.array([3, position]), jnp.array([position, position])
-        x_BD, cache = decoding.step(c, params, token_B, position_B, cache)
-        y_BD, cache_apart = decoding.step(c, apart, token_B, position_B, cache_apart)
-        np.testing.assert_allclose(y_BD, x_BD, rtol=1e-12, atol=1e-12)

@@ -3,7 +3,7 @@
 
 Layers that see a window keep a window: their part of the cache is a ring in which position p lies in slot p modulo
 its length. Rows are told apart by positions alone, so prompts may be padded on either side. Weights stay stacked and
-are read one layer at a time, or come `apart`: on a CPU a loop copies each layer's weights before it uses them.
+are read in place, one layer at a time.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -31,14 +30,13 @@ class Cache:
     Attributes:
       keys: [layers of the kind, B, K, H, slots] for each of the model's kinds of layers.
       values: likewise [.., B, K, slots, H]. So each product reads them as they lie: in another order XLA on CPU turns
-        the whole cache at every token (38 ms instead of 7.5 for 8 rows of 256 slots of SmolLM2-135M). Of layers that
-        are `apart` there is a tuple of arrays in place of the first axis.
+        the whole cache at every token (38 ms instead of 7.5 for 8 rows of 256 slots of SmolLM2-135M).
       stretched: whether LongRoPE's divisors for long sequences hold: decided once for prompt and answer together, for
         keys in the cache cannot be turned again.
     """
 
-    keys: tuple[Any, ...]
-    values: tuple[Any, ...]
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     stretched: bool
 
 
@@ -68,29 +66,6 @@ def init_cache(
     )
 
 
-def apart(params: decoder.Params) -> decoder.Params:
-    """The parameters with a tuple of layers in place of the stacks: views where the memory of a CPU allows it."""
-
-    def layer(index: int) -> Any:
-        view = lambda w: jax.device_put(np.asarray(w)[index], may_alias=True)  # noqa: E731
-        return jax.tree.map(view, params["layers"])
-
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    return params | {"layers": tuple(layer(index) for index in range(count))}
-
-
-def cache_apart(cache: Cache) -> Cache:
-    """The cache of layers that are `apart`."""
-    keys, values = (tuple(tuple(part) for part in own) for own in (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values)
-
-
-def _of_layer(part: Any, index: Any) -> jax.Array:
-    if isinstance(part, tuple):
-        return part[index]
-    return lax.dynamic_index_in_dim(part, index, keepdims=False)
-
-
 def prefill(
     c: architecture.Config,
     params: decoder.Params,
@@ -115,7 +90,7 @@ def prefill(
     masks = [decoder.mask(kind, positions_BT, valid_BT.astype(jnp.int32)) for kind in c.kinds]
 
     def attend(kind: int, index: Any, cache: Cache, q: Any, k: Any, v: Any, sinks: Any) -> Any:
-        slots = _of_layer(cache.values[kind], index).shape[2]
+        slots = cache.values[kind].shape[3]
         kept_BT = valid_BT & (positions_BT >= length_B1 - slots)
         slot_BT = jnp.where(kept_BT, positions_BT % slots, slots)  # beyond the end: dropped
         cache = _put(cache, kind, index, slot_BT, k, v)
@@ -134,12 +109,15 @@ def step(
     """Hidden states x_BD of one new token per row, which sees the cache and itself; the cache with it in."""
 
     def attend(kind: int, index: Any, cache: Cache, q: Any, k: Any, v: Any, sinks: Any) -> Any:
-        slots = _of_layer(cache.values[kind], index).shape[2]
+        slots = cache.values[kind].shape[3]
         cache = _put(cache, kind, index, position_B[:, None] % slots, k, v)
         # A slot holds the last position that falls on it: none before the first round is over.
         age_BS = (position_B[:, None] - jnp.arange(slots)) % slots
         seen_BS = age_BS <= position_B[:, None]
-        keys, values = (_of_layer(part[kind], index) for part in (cache.keys, cache.values))
+        keys, values = (
+            lax.dynamic_index_in_dim(part[kind], index, keepdims=False)
+            for part in (cache.keys, cache.values)
+        )
         attended_BNH = layers.attend_to_cache(c, q[:, 0], keys, values, seen_BS, sinks)
         return attended_BNH[:, None], cache
 
@@ -151,23 +129,18 @@ def _put(
     cache: Cache, kind: int, index: Any, slot_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
 ) -> Cache:
     """The cache with new keys and values in the given slots of one layer."""
+    keys, values = cache.keys[kind], cache.values[kind]
     B, _, K, _ = k_BTKH.shape
     # Every index is given, heads too: as a slice they would make XLA on CPU copy the whole cache at batch 1.
     row, head, slot = jnp.arange(B)[:, None, None], jnp.arange(K), slot_BT[..., None]
+    keys = keys.at[index, row, head, :, slot].set(k_BTKH.astype(keys.dtype), mode="drop")
+    values = values.at[index, row, head, slot].set(v_BTKH.astype(values.dtype), mode="drop")
 
-    def put(part: Any, places: tuple[Any, ...], new: jax.Array) -> Any:
-        if isinstance(part, tuple):
-            own = part[index].at[places].set(new.astype(part[index].dtype), mode="drop")
-            return (*part[:index], own, *part[index + 1 :])
-        return part.at[(index, *places)].set(new.astype(part.dtype), mode="drop")
-
-    def replaced(parts: tuple[Any, ...], places: tuple[Any, ...], new: jax.Array) -> Any:
-        return (*parts[:kind], put(parts[kind], places, new), *parts[kind + 1 :])
+    def replaced(parts: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+        return (*parts[:kind], new, *parts[kind + 1 :])
 
     return dataclasses.replace(
-        cache,
-        keys=replaced(cache.keys, (row, head, slice(None), slot), k_BTKH),
-        values=replaced(cache.values, (row, head, slot), v_BTKH),
+        cache, keys=replaced(cache.keys, keys), values=replaced(cache.values, values)
     )
 
 
@@ -199,10 +172,9 @@ def _layers(
         x_BTD, cache = carry
         kind = kinds[place]
         mine = round_ * kinds.count(kind) + kinds[:place].count(kind)
-        if isinstance(params["layers"], tuple):
-            own = params["layers"][index]
-        else:
-            own = jax.tree.map(lambda w: _of_layer(w, index), params["layers"])
+        own = jax.tree.map(
+            lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), params["layers"]
+        )
         keep = functools.partial(attend, kind, mine, cache)
         x_BTD, cache, _ = nnx.merge(definition, own)(x_BTD, contexts[kind], keep)
         return x_BTD, cache
@@ -213,12 +185,8 @@ def _layers(
         return carry, None
 
     rounds, rest = divmod(c.num_layers, period)
-    carry: Any = (x_BTD, cache)
-    if isinstance(params["layers"], tuple):
-        for round_ in range(rounds):
-            for place in range(period):
-                carry = layer(carry, round_ * period + place, place, round_)
-    elif rounds:
+    carry = (x_BTD, cache)
+    if rounds:
         carry, _ = lax.scan(whole, carry, jnp.arange(rounds))
     for place in range(rest):
         carry = layer(carry, rounds * period + place, place, rounds)
