@@ -24,6 +24,21 @@ PRESETS = {
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     "llama3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "gemma2-2b": "google/gemma-2-2b-it",
+    "gemma3-270m": "google/gemma-3-270m-it",
+    "gemma3-1b": "google/gemma-3-1b-it",
+    "phi4": "microsoft/phi-4",
+    "olmo2-7b": "allenai/OLMo-2-1124-7B-Instruct",
+    "granite3.3-8b": "ibm-granite/granite-3.3-8b-instruct",
 }
 
 

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from jft import cli, config, errors
+from jft.models import families
 
 
 def write(tmp_path: pathlib.Path, *body: str, head: str = "def get_config():") -> str:
@@ -134,3 +135,15 @@ def test_a_bad_command_is_one_line_and_exit_code_2(
     assert cli.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("jft: ") and told in line
+
+
+def test_every_preset_of_the_general_configuration_is_a_model_that_is_known() -> None:
+    path = pathlib.Path(__file__).parents[1] / "configs" / "sft.py"
+    with pytest.raises(errors.UserError) as caught:
+        config.load(f"{path}:none")
+    presets = str(caught.value).split("one of ")[1].split(", ")
+    assert len(presets) > 20
+    for name in presets:
+        loaded = config.load(f"{path}:{name}")
+        config.check_complete(loaded, str(path))
+        assert name in families.PRESETS and loaded.model.path

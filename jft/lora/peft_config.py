@@ -42,6 +42,8 @@ HARMLESS = frozenset(
         "qalora_group_size",
         # PEFT ignores it in files.
         "runtime_config",
+        # How the base's kernel lies in torch (GPT-2's is [in, out]); the factors lie alike, and PEFT corrects it itself.
+        "fan_in_fan_out",
     }
 )
 # Something other than a plain adapter of this base, unless one of these values, or empty.
@@ -54,7 +56,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (),
     "arrow_config": (),
     "ensure_weight_tying": (),
-    "fan_in_fan_out": (),
     "kasa_config": (),
     "layer_replication": (),
     "loftq_config": (),

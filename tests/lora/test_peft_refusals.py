@@ -378,7 +378,6 @@ REFUSED = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
     "ensure_weight_tying": True,
-    "fan_in_fan_out": True,
     "kasa_config": {"beta": 1e-4},
     "layer_replication": [[0, 2], [1, 2]],
     "loftq_config": {"loftq_bits": 4},
@@ -493,6 +492,7 @@ HARMLESS = {
     "megatron_core": "megatron.core",
     "qalora_group_size": 32,
     "runtime_config": {"ephemeral_gpu_offload": False},
+    "fan_in_fan_out": True,
 }
 
 
