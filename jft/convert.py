@@ -6,6 +6,7 @@ Face folder or a .gguf file. Each returns what `--json` prints; `render` is the 
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -148,19 +149,21 @@ def merge(
 
 
 def _merge_into(base: sources.Base, adapter: sources.Adapter, min_cosine: float) -> dict[str, Any]:
-    """Adds an adapter to the base's arrays, one parameter at a time on the device; tells what survived of each update.
+    """Adds an adapter to the base's parameters, one at a time on the device; tells what survived of each update.
 
-    In place: the sums beside the base would take its memory twice.
+    Each sum takes the place of its base's array: beside the whole base they would take its memory twice.
     """
     modules = families.modules(base.config)
     adapters = peft.load(adapter.folder, modules, base.params, architecture.LAYOUTS)
-    leaves, survival = tree.flatten(base.params), {}
+    survival: dict[str, Any] = {}
     for path, factors in adapters.items():
-        leaf = leaves[path]
+        *parents, last = path.split("/")
+        node = functools.reduce(lambda node, key: node[key], parents, base.params)
+        leaf = node[last]
         if leaf.dtype == np.float64:
             raise errors.UserError(f"{path}: is float64; merge with --dtype=float32")
         done = lora.merge({path: jnp.asarray(leaf)}, {path: factors}, min_cosine=min_cosine)
-        leaf[...] = np.asarray(done.params[path])
+        node[last] = np.asarray(done.params[path])
         survival[path] = dataclasses.asdict(done.report[path])
     return survival
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -157,9 +158,9 @@ def base(name: str, *, revision: str | None = None, dtype: str | None = None) ->
     place = resolve.resolve(name, revision)
     room = gguf if place.suffix == ".gguf" else hf
     if dtype:
-        config, params, fingerprint = room.load(place, dtype)
+        config, params, fingerprint = _on_host(room.load, place, dtype)
     elif room is gguf:
-        config, params, fingerprint = gguf.load(place, "float32")
+        config, params, fingerprint = _on_host(gguf.load, place, "float32")
         params = _narrowed(params, place)
     else:
         config, params, fingerprint = _as_stored(place)
@@ -168,13 +169,22 @@ def base(name: str, *, revision: str | None = None, dtype: str | None = None) ->
     )
 
 
+def _on_host(
+    load: Any, place: pathlib.Path, dtype: Any
+) -> tuple[architecture.Config, decoder.Params, str]:
+    """A model with its parameters as numpy arrays, views where they lie in this memory already."""
+    with jax.enable_x64(True):  # float64 files keep their bits
+        config, params, fingerprint = load(place, dtype)
+    return config, jax.tree.map(np.asarray, params), fingerprint
+
+
 def _as_stored(folder: pathlib.Path) -> tuple[architecture.Config, decoder.Params, str]:
     stored, own = _dtypes(folder), dict[str, Any]()
     for name, (weight, _) in families.tensors(hf.read_config(folder)).items():
         # What is stored as blocks (MXFP4) has another name; bfloat16 holds its values exactly.
         dtype = stored.get(name, "bfloat16")
         own[weight.path] = jnp.promote_types(dtype, own.get(weight.path, dtype))
-    config, params, fingerprint = hf.load(folder, shards.widest(own.values()))
+    config, params, fingerprint = _on_host(hf.load, folder, shards.widest(own.values()))
     leaves = {k: x.astype(own[k], copy=False) for k, x in tree.flatten(params).items()}
     return config, tree.unflatten(leaves), fingerprint
 

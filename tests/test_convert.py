@@ -7,6 +7,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -326,8 +327,9 @@ def test_an_embedded_model_has_no_revision(capsys: Any) -> None:
 def test_float64_keeps_its_bits_and_is_not_merged_in_float32(
     tmp_path: pathlib.Path, tiny_model: pathlib.Path, capsys: Any
 ) -> None:
-    config, params, _ = hf.load(tiny_model, "float64")
-    params["final_norm"]["scale"] += 1e-12
+    with jax.enable_x64(True):
+        config, params, _ = hf.load(tiny_model, "float64")
+    params["final_norm"]["scale"] = np.asarray(params["final_norm"]["scale"]) + 1e-12
     written = export.save(tmp_path / "wide", config, params, hf.tokenizer(tiny_model))
     found = jft(capsys, "import", f"--model={tmp_path / 'wide'}", f"--out={tmp_path / 'out'}")
     assert found["dtype"] == "float64" and found["fingerprint"] == written.fingerprint

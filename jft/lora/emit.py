@@ -29,18 +29,21 @@ class Product:
     """One product with an adapted weight.
 
     Attributes:
-      base: base(x, w), the equation itself.
-      low: low(x, a, b) = scale * (x a) b, in base's dimension order.
+      base: base(x, w, *others), the equation itself.
+      low: low(x, a, b, *others) = scale * (x a) b, in base's dimension order.
       pullback: pullback(x, a, b, g) -> (da, db) of `low`, where there is a better way than automatic differentiation.
       x_labels: of x's dimensions; W's labels are positive, x's own negative.
       y_labels: of the result's dimensions.
+      others: further operands, of integers. They are handed on, never closed over: a rule's backward pass is traced
+        elsewhere than its forward pass, and in a scan what it closes over would have leaked.
     """
 
-    base: Callable[[jax.Array, jax.Array], jax.Array]
-    low: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    base: Callable[..., jax.Array]
+    low: Callable[..., jax.Array]
     pullback: Callable[..., tuple[jax.Array, jax.Array]] | None
     x_labels: tuple[int, ...]
     y_labels: tuple[int, ...]
+    others: tuple[jax.Array, ...] = ()
 
 
 def product(
@@ -56,7 +59,7 @@ def product(
       key: for dropout; None = no dropout.
     """
     if not view.adapted:
-        return packed.product(p.base, x, view.w)
+        return packed.product(_base(p), x, view.w)
     after = None
     if view.gain is not None:
         summed = [n not in p.y_labels for n in view.gain.labels]
@@ -90,9 +93,13 @@ def _dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def _apart(p: Product, x: jax.Array, low_x: jax.Array, view: views.View, mode: str) -> jax.Array:
-    y = packed.product(p.base, x, view.w)
+    y = packed.product(_base(p), x, view.w)
     low = _hidden(p) if mode == "hidden" else p.low
-    return y + low(low_x, view.a.array, view.b.array).astype(y.dtype)
+    return y + low(low_x, view.a.array, view.b.array, *p.others).astype(y.dtype)
+
+
+def _base(p: Product) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return lambda x, w: p.base(x, w, *p.others)
 
 
 def _hidden(p: Product) -> Callable[..., jax.Array]:
@@ -102,8 +109,13 @@ def _hidden(p: Product) -> Callable[..., jax.Array]:
     def low(*args: jax.Array) -> jax.Array:
         return p.low(*args)
 
+    def backward(args: Any, g: jax.Array) -> tuple[Any, ...]:
+        x, a, b, *others = args
+        _, pull = jax.vjp(lambda x, a, b: p.low(x, a, b, *others), x, a, b)
+        return (*pull(g), *(None for _ in others))
+
     # The forward rule calls the opaque function: differentiation inlines the rule, and would inline the products.
-    low.defvjp(lambda *args: (low(*args), args), lambda args, g: jax.vjp(p.low, *args)[1](g))
+    low.defvjp(lambda *args: (low(*args), args), backward)
     return low
 
 
@@ -111,12 +123,13 @@ def _merged(p: Product, x: jax.Array, view: views.View) -> jax.Array:
     """The product with a backward pass written out, which never forms the gradient of W."""
     form = jnp.finfo(view.w.dtype).bits >= 32
 
-    def value(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def value(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, *others: Any) -> jax.Array:
         if not form:
-            y = p.base(x, w)
-            return y + p.low(x, a, b).astype(y.dtype)
+            y = p.base(x, w, *others)
+            return y + p.low(x, a, b, *others).astype(y.dtype)
         a_part, b_part = views.Part(a, view.a.labels), views.Part(b, view.b.labels)
-        return p.base(x, dataclasses.replace(view, w=w, a=a_part, b=b_part, gain=None).merged())
+        whole = dataclasses.replace(view, w=w, a=a_part, b=b_part, gain=None).merged()
+        return p.base(x, whole, *others)
 
     def forward(*args: Any) -> tuple[jax.Array, Any]:  # each with .value and .perturbed
         if args[1].perturbed:
@@ -127,21 +140,21 @@ def _merged(p: Product, x: jax.Array, view: views.View) -> jax.Array:
         values = tuple(arg.value for arg in args)
         return value(*values), values
 
-    def backward(saved: Any, g: Any) -> tuple[jax.Array, ...]:
-        x, w, a, b = saved
+    def backward(saved: Any, g: Any) -> tuple[Any, ...]:
+        x, w, a, b, *others = saved
         g = g if isinstance(g, jax.Array) else jnp.zeros(g.shape, g.dtype)  # a symbolic zero
-        dx = jax.vjp(lambda x: value(x, w, a, b), x)[1](g)[0]
+        dx = jax.vjp(lambda x: value(x, w, a, b, *others), x)[1](g)[0]
         if p.pullback is not None and _local(x):
             da, db = p.pullback(x, a, b, g)
         else:
-            low, pull = jax.vjp(lambda a, b: p.low(x, a, b), a, b)
+            low, pull = jax.vjp(lambda a, b: p.low(x, a, b, *others), a, b)
             da, db = pull(g.astype(low.dtype))
         # W's is discarded: nobody differentiates it, or `forward` would have refused.
-        return dx, jnp.zeros_like(w), da, db
+        return dx, jnp.zeros_like(w), da, db, *(None for _ in others)
 
     rule = jax.custom_vjp(value)
     rule.defvjp(forward, backward, symbolic_zeros=True)
-    return rule(x, view.w, view.a.array, view.b.array)
+    return rule(x, view.w, view.a.array, view.b.array, *p.others)
 
 
 def _local(x: jax.Array) -> bool:

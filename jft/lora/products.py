@@ -153,7 +153,7 @@ def ragged(
     row_label = x_labels[rows]
     options = {k: params[k] for k in ("precision", "preferred_element_type")}
 
-    def times(x: views.Part, factor: views.Part) -> views.Part:
+    def times(x: views.Part, factor: views.Part, sizes: jax.Array) -> views.Part:
         shared = [n for n in x.labels if n in factor.labels]
         inner = [n for n in shared if n not in batch]
         where = lambda part, labels: [part.labels.index(n) for n in labels]  # noqa: E731
@@ -166,21 +166,21 @@ def ragged(
         left_over = [n for n in (*x.labels, *factor.labels) if n not in shared and n != group]
         return views.Part(y, (*batch, *left_over))
 
-    def low(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def low(x: jax.Array, a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(x.dtype, view.w.dtype)
         factors = [
             views.Part(a.astype(dtype), view.a.labels),
             views.Part(b.astype(dtype), view.b.labels),
         ]
         first, second = factors[::-1] if b_first else factors
-        thin = times(views.Part(x.astype(dtype), x_labels), first)
+        thin = times(views.Part(x.astype(dtype), x_labels), first, sizes)
         thin = views.Part((view.scale * thin.array).astype(dtype), thin.labels)
-        return times(thin, second).arrange(y_labels)
+        return times(thin, second, sizes).arrange(y_labels)
 
-    def base(x: jax.Array, w: jax.Array) -> jax.Array:
+    def base(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
         return lax.ragged_dot_general(x, w, sizes, numbers, **options)
 
-    return emit.Product(base, low, None, x_labels, y_labels)
+    return emit.Product(base, low, None, x_labels, y_labels, (sizes,))
 
 
 _GATHER = (

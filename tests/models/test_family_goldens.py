@@ -188,3 +188,25 @@ def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(
 
     for path, grad in jax.jit(jax.grad(total))(adapters).items():
         assert np.abs(grad.b).max() > 0, path
+
+
+@pytest.mark.parametrize("mode", [mode for mode in lora.MODES if mode != "factored"])
+def test_adapters_of_experts_train_alike_in_every_mode(
+    mode: str, x64: None, quick_compiles: None
+) -> None:
+    """Through the scan over layers, whose backward pass is traced apart from its forward pass."""
+    config, params, golden = load("qwen3_moe", "float64")
+    spec = lora.Spec(rank=2, targets=r"layers/experts/.*/kernel", layouts=architecture.LAYOUTS)
+    draw = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)  # noqa: E731
+    adapters = jax.tree.map(draw, lora.init(spec, params, key=jax.random.key(0)))
+    inputs = (golden["tokens_right"], golden["positions_right"], golden["mask_right"].astype(int))
+
+    def total(adapters: Any, mode: str) -> jax.Array:
+        apply = lora.transform(functools.partial(decoder.apply, config), mode=mode)
+        return jnp.sum(apply(params, adapters, *inputs)[:, :3] ** 2)
+
+    got, want = (jax.grad(total)(adapters, name) for name in (mode, "factored"))
+    for path, factors in want.items():
+        for one, other in zip(jax.tree.leaves(got[path]), jax.tree.leaves(factors), strict=True):
+            scale = float(jnp.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-9 * scale, err_msg=path)
