@@ -94,8 +94,11 @@ def greedy(
     return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("case", CASES)
+# Padding on the right where layers differ, windows turn over, and experts sort the rows.
+RIGHT = [("right", case) for case in ("gemma3", "gpt_oss", "phi3_longrope")]
+
+
+@pytest.mark.parametrize(("side", "case"), [("left", case) for case in CASES] + RIGHT)
 def test_generation_with_the_cache_equals_argmax_without(
     case: str, side: str, x64: None, quick_compiles: None
 ) -> None:
