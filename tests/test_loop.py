@@ -49,6 +49,7 @@ def adapter_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return safetensors_numpy.load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_every_kind_of_adapter_has_the_same_base_and_learns(
     tiny_model: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
