@@ -9,11 +9,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load(path: str, *, dtype: str = "float32", revision: str | None = None) -> Any:
+def load(
+    path: str, *, dtype: str = "float32", revision: str | None = None, shardings: Any = None
+) -> Any:
     """A model by folder, Hub name or .gguf; see `jft.models.load`."""
     from jft import models
 
-    return models.load(path, dtype=dtype, revision=revision)
+    return models.load(path, dtype=dtype, revision=revision, shardings=shardings)
 
 
 def train(config: Any, *, fresh: bool = False) -> dict[str, Any]:

@@ -4,7 +4,9 @@
 import importlib.util
 import os
 import pathlib
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -71,3 +73,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tiny.save(folder)
     return folder
+
+
+@pytest.fixture
+def eight_devices() -> Callable[[pathlib.Path], None]:
+    """Runs a file of tests in a process of its own, which simulates eight CPU devices."""
+
+    def run(cases: pathlib.Path) -> None:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)],
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-8000:]
+        assert " passed" in done.stdout and "skipped" not in done.stdout
+
+    return run

@@ -137,18 +137,23 @@ def standard() -> tuple[Weight, ...]:
     attention, mlp = layer + "self_attn.", layer + "mlp."
     return (
         Weight("model.embed_tokens.weight", "embed/embedding", ("V", "D"), "VD"),
-        Weight(layer + "input_layernorm.weight", "layers/attention_norm/scale", ("D",), "D"),
+        norm(layer + "input_layernorm", "layers/attention_norm"),
         *linear(attention + "q_proj", "layers/attention/query", "NH", "D"),
         *linear(attention + "k_proj", "layers/attention/key", "KH", "D"),
         *linear(attention + "v_proj", "layers/attention/value", "KH", "D"),
         *linear(attention + "o_proj", "layers/attention/out", "D", "NH"),
-        Weight(layer + "post_attention_layernorm.weight", "layers/mlp_norm/scale", ("D",), "D"),
+        norm(layer + "post_attention_layernorm", "layers/mlp_norm"),
         *linear(mlp + "gate_proj", "layers/mlp/gate", "F", "D"),
         *linear(mlp + "up_proj", "layers/mlp/up", "F", "D"),
         *linear(mlp + "down_proj", "layers/mlp/down", "D", "F"),
-        Weight("model.norm.weight", "final_norm/scale", ("D",), "D"),
+        norm("model.norm", "final_norm"),
         Weight("lm_head.weight", "head/kernel", ("V", "D"), "DV"),
     )
+
+
+def norm(name: str, path: str, axes: str = "D") -> Weight:
+    """The scale of a norm, one axis in the file."""
+    return Weight(f"{name}.weight", f"{path}/scale", (axes,), axes)
 
 
 def linear(name: str, path: str, outputs: str, inputs: str) -> tuple[Weight, Weight]:

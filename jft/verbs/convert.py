@@ -39,13 +39,14 @@ numbers would turn elsewhere is refused: --dtype=float32 keeps it, --min_cosine=
 
 
 def _parser(verb: str, help_text: str) -> parsing.Parser:
-    parser = parsing.Parser(verb, help_text)
-    parser.add_argument("--out", required=True, help="a new folder, or a .gguf file")
+    """The flags of all three; `import` writes folders alone."""
+    parser, folder = parsing.Parser(verb, help_text), verb == "import"
+    out = "a new folder" if folder else "a new folder, or a .gguf file"
+    parser.add_argument("--out", required=True, help=out)
     parser.add_argument("--model", help="a folder, a .gguf file, an embedded model or a Hub name")
     parser.add_argument("--revision", help="of a Hub name: branch, tag or commit")
-    parser.add_argument(
-        "--dtype", default="", help="float32, bfloat16, float16; default: as stored; .gguf: q8_0"
-    )
+    dtypes = "float32, bfloat16, float16; default: as stored"
+    parser.add_argument("--dtype", default="", help=dtypes if folder else f"{dtypes}; .gguf: q8_0")
     parser.add_argument(
         "--max_shard_size", type=parsing.size, default="5GB", help="of a folder's files; 5GB"
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_models
 from safetensors import numpy as library
 
 from jft import errors, quant, tree
@@ -23,7 +24,6 @@ from jft.models import architecture, decoder, export, families, fingerprint, hf,
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "families"
 CASES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
-ONE_EACH = [next(iter(own.presets)) for own in families.FAMILIES.values()]
 SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CONFIG = architecture.Config(
     vocab_size=40,
@@ -39,21 +39,8 @@ Tensors = dict[str, np.ndarray]
 
 
 def small(preset: str) -> architecture.Config:
-    """A preset of a few layers and small sizes, its switches kept."""
-    config = families.PRESETS[preset]
-    few = dataclasses.replace(
-        config,
-        vocab_size=40,
-        d_model=24,
-        num_layers=3,
-        num_heads=6,
-        num_kv_heads=2 if config.num_kv_heads < config.num_heads else 6,
-        head_dim=4,
-        d_ff=10,
-        max_length=32,
-        experts=config.experts and dataclasses.replace(config.experts, count=4, top_k=2),
-    )
-    return families.from_hf(families.to_hf(few))
+    """A small model as its own config.json says it: what follows from sizes is that of the small ones."""
+    return families.from_hf(families.to_hf(small_models.small(preset)))
 
 
 def make(config: architecture.Config, dtype: Any = ml_dtypes.bfloat16) -> Tensors:
@@ -99,7 +86,7 @@ def stored_in(folder: pathlib.Path) -> Mapping[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("preset", ONE_EACH)
+@pytest.mark.parametrize("preset", small_models.ONE_EACH)
 def test_a_checkpoint_that_is_read_and_written_is_the_same(
     preset: str, tied: bool, tmp_path: pathlib.Path
 ) -> None:

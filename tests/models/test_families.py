@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 
 from jft import errors
 from jft.models import architecture, decoder, families, names
@@ -210,29 +211,9 @@ def test_an_unknown_preset_is_refused_with_near_names() -> None:
         families.preset("llama-3.1-8b")
 
 
-def small(preset: str) -> architecture.Config:
-    """A preset of a few layers and small sizes, its switches kept."""
-    config = families.PRESETS[preset]
-    return dataclasses.replace(
-        config,
-        vocab_size=40,
-        d_model=24,
-        num_layers=3,
-        num_heads=6,
-        num_kv_heads=2 if config.num_kv_heads < config.num_heads else 6,
-        head_dim=4,
-        d_ff=10,
-        max_length=32,
-        experts=config.experts and dataclasses.replace(config.experts, count=4, top_k=2),
-    )
-
-
-ONE_EACH = [next(iter(own.presets)) for own in families.FAMILIES.values()]
-
-
-@pytest.mark.parametrize("preset", ONE_EACH)
+@pytest.mark.parametrize("preset", small_models.ONE_EACH)
 def test_name_table_is_a_bijection_bit_for_bit(preset: str) -> None:
-    config = small(preset)
+    config = small_models.small(preset)
     leaves = {
         path: np.full(leaf.shape, np.nan)
         for path, leaf in names.tree.flatten(decoder.shapes(config)).items()
@@ -282,9 +263,11 @@ def test_modules_are_named_as_in_torch() -> None:
 
 
 def test_experts_modules_count_through_layers_and_experts() -> None:
-    modules = families.modules(small("mixtral-8x7b"))
+    modules = families.modules(small_models.small("mixtral-8x7b"))
     name = "model.layers.2.block_sparse_moe.experts.1.w3"
     assert modules[name] == ("layers/experts/up/kernel", 2 * 4 + 1)
-    assert not any(".experts." in name for name in families.modules(small("gpt-oss-20b")))
-    qkv = families.modules(small("gpt2"))["transformer.h.1.attn.c_attn"]
+    assert not any(
+        ".experts." in name for name in families.modules(small_models.small("gpt-oss-20b"))
+    )
+    qkv = families.modules(small_models.small("gpt2"))["transformer.h.1.attn.c_attn"]
     assert qkv == ("layers/attention/qkv/kernel", 1)

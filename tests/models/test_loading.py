@@ -2,10 +2,8 @@
 """Loading in processes of their own: onto eight simulated devices, and how much host memory it takes."""
 
 import importlib.util
-import os
 import pathlib
-import subprocess
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,17 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_on_eight_devices() -> None:
-    cases = pathlib.Path(__file__).with_name("loading_on_eight_devices.py")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+def test_on_eight_devices(eight_devices: Callable[[pathlib.Path], None]) -> None:
+    eight_devices(pathlib.Path(__file__).with_name("loading_on_eight_devices.py"))
 
 
 @pytest.fixture(scope="module")

@@ -126,27 +126,11 @@ _LAYER = "model.layers.{layer}."
 _LATER = names.table(
     names.standard(),
     (
-        names.Weight(
-            _LAYER + "post_attention_layernorm.weight",
-            "layers/attention_post_norm/scale",
-            ("D",),
-            "D",
-        ),
-        names.Weight(
-            _LAYER + "pre_feedforward_layernorm.weight", "layers/mlp_norm/scale", ("D",), "D"
-        ),
-        names.Weight(
-            _LAYER + "post_feedforward_layernorm.weight",
-            "layers/mlp_post_norm/scale",
-            ("D",),
-            "D",
-        ),
-        names.Weight(
-            _LAYER + "self_attn.q_norm.weight", "layers/attention/query_norm/scale", ("H",), "H"
-        ),
-        names.Weight(
-            _LAYER + "self_attn.k_norm.weight", "layers/attention/key_norm/scale", ("H",), "H"
-        ),
+        names.norm(_LAYER + "post_attention_layernorm", "layers/attention_post_norm"),
+        names.norm(_LAYER + "pre_feedforward_layernorm", "layers/mlp_norm"),
+        names.norm(_LAYER + "post_feedforward_layernorm", "layers/mlp_post_norm"),
+        names.norm(_LAYER + "self_attn.q_norm", "layers/attention/query_norm", "H"),
+        names.norm(_LAYER + "self_attn.k_norm", "layers/attention/key_norm", "H"),
     ),
 )
 

@@ -66,7 +66,7 @@ def _conv(name: str, path: str, inputs: str, outputs: str) -> tuple[names.Weight
 
 def _norm(name: str, path: str) -> tuple[names.Weight, names.Weight]:
     return (
-        names.Weight(f"{name}.weight", f"{path}/scale", ("D",), "D"),
+        names.norm(name, path),
         names.Weight(f"{name}.bias", f"{path}/bias", ("D",), "D"),
     )
 

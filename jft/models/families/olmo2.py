@@ -34,24 +34,10 @@ _LAYER = "model.layers.{layer}."
 WEIGHTS = names.table(
     names.standard(),
     (
-        names.Weight(
-            _LAYER + "post_attention_layernorm.weight",
-            "layers/attention_post_norm/scale",
-            ("D",),
-            "D",
-        ),
-        names.Weight(
-            _LAYER + "post_feedforward_layernorm.weight",
-            "layers/mlp_post_norm/scale",
-            ("D",),
-            "D",
-        ),
-        names.Weight(
-            _LAYER + "self_attn.q_norm.weight", "layers/attention/query_norm/scale", ("NH",), "NH"
-        ),
-        names.Weight(
-            _LAYER + "self_attn.k_norm.weight", "layers/attention/key_norm/scale", ("KH",), "KH"
-        ),
+        names.norm(_LAYER + "post_attention_layernorm", "layers/attention_post_norm"),
+        names.norm(_LAYER + "post_feedforward_layernorm", "layers/mlp_post_norm"),
+        names.norm(_LAYER + "self_attn.q_norm", "layers/attention/query_norm", "NH"),
+        names.norm(_LAYER + "self_attn.k_norm", "layers/attention/key_norm", "KH"),
     ),
 )
 

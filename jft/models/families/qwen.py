@@ -13,8 +13,8 @@ def _fields(s: settings.Settings, name: str) -> dict[str, Any]:
     L = fields["num_layers"]
     found, rotary_dim = rope_settings.read(s, fields["head_dim"], fields["max_length"])
     slides = s.flag("use_sliding_window") and s.get("sliding_window") is not None
-    # Without use_sliding_window the width is of no effect, whatever it is.
-    window = s.count("sliding_window") if slides else s.get("sliding_window") and None
+    # Without use_sliding_window the width that files have is of no effect.
+    window = s.count("sliding_window") if slides else None
     return fields | {
         "family": name,
         "pattern": settings.windows(_sliding(s, L, slides), window, found),
@@ -93,10 +93,8 @@ _ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp.
 QWEN3_WEIGHTS = names.table(
     names.standard(),
     (
-        names.Weight(
-            _ATTENTION + "q_norm.weight", "layers/attention/query_norm/scale", ("H",), "H"
-        ),
-        names.Weight(_ATTENTION + "k_norm.weight", "layers/attention/key_norm/scale", ("H",), "H"),
+        names.norm(_ATTENTION + "q_norm", "layers/attention/query_norm", "H"),
+        names.norm(_ATTENTION + "k_norm", "layers/attention/key_norm", "H"),
     ),
 )
 _EXPERT = _MLP + "experts.{expert}."
