@@ -12,8 +12,9 @@ def _fields(s: settings.Settings, name: str) -> dict[str, Any]:
     fields = settings.common(s)
     L = fields["num_layers"]
     found, rotary_dim = rope_settings.read(s, fields["head_dim"], fields["max_length"])
-    slides = s.flag("use_sliding_window") and s.get("sliding_window") is not None
-    # Without use_sliding_window the width that files have is of no effect.
+    # Files give a width also where use_sliding_window is false, and it is of no effect.
+    given = s.get("sliding_window") is not None
+    slides = s.flag("use_sliding_window") and given
     window = s.count("sliding_window") if slides else None
     return fields | {
         "family": name,

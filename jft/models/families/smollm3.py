@@ -18,7 +18,8 @@ def read(s: settings.Settings) -> architecture.Config:
     turned = s.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(L)])
     if not isinstance(turned, list) or len(turned) != L or set(turned) - {0, 1}:
         raise s.refuse(f"no_rope_layers is not a list of {L} zeros and ones")
-    slides = s.flag("use_sliding_window") and s.get("sliding_window") is not None
+    given = s.get("sliding_window") is not None  # without use_sliding_window of no effect
+    slides = s.flag("use_sliding_window") and given
     sliding = s.sliding(L, [slides and not own for own in turned])
     window = s.count("sliding_window") if slides else None
     layers = [
