@@ -171,7 +171,11 @@ def test_router_loss(case: str, x64: None, quick_compiles: None) -> None:
     np.testing.assert_allclose(got, golden["router_loss"], rtol=1e-9, err_msg=REMAKE)
 
 
-@pytest.mark.parametrize("case", CASES)
+# One for each way that kernels lie and are used.
+KERNELS = ["gemma3", "gpt2", "gpt_oss", "llama_bias", "mixtral", "olmo2", "phi3"]
+
+
+@pytest.mark.parametrize("case", KERNELS)
 def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(
     case: str, quick_compiles: None
 ) -> None:
