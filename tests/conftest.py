@@ -82,7 +82,7 @@ def eight_devices() -> Callable[[pathlib.Path], None]:
     def run(cases: pathlib.Path) -> None:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)],
+            [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(cases)],
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
