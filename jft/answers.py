@@ -11,7 +11,7 @@ from typing import Any
 import tqdm
 
 from jft import errors, generate
-from jft.data import chat, formats, readers
+from jft.data import encoding, formats, readers
 
 RESPONSE = "response"
 
@@ -140,7 +140,7 @@ def _tokens(
         tokens = plain_tokens(tokenizer, row.messages[0]["content"])
     else:
         try:
-            tokens = chat.prompt_tokens(tokenizer, row.messages, system=system)
+            tokens = encoding.prompt_tokens(tokenizer, row.messages, system=system)
         except errors.UserError as error:
             raise errors.UserError(f"{row.place}: {error}") from error
     if len(tokens) + sampling.max_new_tokens > limit:
