@@ -54,10 +54,12 @@ def _bins(lengths: np.ndarray, length: int, packing: bool) -> bins_of.Bins:
 def _taken(weight: float, numbers: Sequence[int], bins: bins_of.Bins) -> int:
     taken = round(weight * len(bins))
     if not 1 <= taken < MOST_BINS:
-        ask = f"at least {1 / len(bins):.3g}" if taken < 1 else "something sane"
+        bound = (
+            f"at least {1 / len(bins):.2g}" if taken < 1 else f"at most {MOST_BINS // len(bins)}"
+        )
         raise errors.UserError(
-            f"data.weights: {weight} for source {numbers[0]} takes {taken} of its {len(bins)}"
-            f" (packed) rows per epoch: give {ask}"
+            f"data.weights: {weight:g} for source {numbers[0]} takes {taken:.3g} of its {len(bins)} "
+            f"rows of a batch in an epoch: give {bound}"
         )
     return taken
 
@@ -72,7 +74,7 @@ def _checked(weights: Sequence[float], sources: int) -> list[float]:
     for number, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight > 0):
             raise errors.UserError(
-                f"data.weights: {weight} for source {number}: give a number above 0, or leave the"
+                f"data.weights: {weight:g} for source {number}: give a number above 0, or leave the"
                 " source out"
             )
     return [float(weight) for weight in weights]

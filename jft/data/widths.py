@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MOST = 5  # widths
+# At most so many, and one more only where it saves so much of the positions: measured on dolly and GSM8K, rows take 28 %
+# and 14 % padding with five widths, 24 % and 11 % with six, 20 % and 10 % with seven.
+MOST, SAVING = 6, 0.02
 MULTIPLE = 8  # of positions
 
 
@@ -40,7 +42,10 @@ def choose(
     cost = before[1:] * widths  # positions for the rows of widths 0 to i, where i is the last of k
     back = []
     for _ in range(min(most, len(widths)) - 1):
-        cost, last = _one_more(cost, before, widths)
+        more, last = _one_more(cost, before, widths)
+        if more[-1] > (1 - SAVING) * cost[-1]:
+            break
+        cost = more
         back.append(last)
     chosen = [len(widths) - 1]
     for last in reversed(back):
