@@ -66,7 +66,7 @@ class Batches:
         self._sources = list(sources)
         self._starts = np.cumsum([0] + [len(source) for source in sources])
         self._streams = mixtures.streams(self._sources, weights, length, packing)
-        self.widths = _widths(self._streams, length, packing)
+        self.widths = _widths(self._streams, batch_size, length, packing)
         self.length = int(self.widths[-1])
         bins = sum(stream.taken for stream in self._streams)
         self.steps_per_epoch = -(-bins // batch_size)
@@ -142,7 +142,7 @@ def evaluation(
     """Batches in a fixed order, the fullest rows first, that hold each example exactly once, shaped like training's."""
     _check([rows], length)
     stream = mixtures.streams([rows], (), length, packing)[0]
-    choice = _widths([stream], length, packing)
+    choice = _widths([stream], batch_size, length, packing)
     by_length = np.argsort(-stream.lengths.astype(np.int64), kind="stable")
     entries = np.argsort(-stream.sizes, kind="stable")
     for start in range(0, len(entries), batch_size):
@@ -187,13 +187,16 @@ def _check_settings(batch_size: int, seed: int, host: int, hosts: int) -> None:
         )
 
 
-def _widths(streams: Sequence[order.Stream], length: int, packing: bool) -> np.ndarray:
+def _widths(
+    streams: Sequence[order.Stream], batch_size: int, length: int, packing: bool
+) -> np.ndarray:
     if packing:
         # A row that holds a whole stream needs no more.
         needed = max(int(stream.lengths.sum(dtype=np.int64)) for stream in streams)
         return np.array([widths.up(needed, length)])
     lengths = [stream.lengths for stream in streams]
-    return widths.choose(lengths, [stream.repeats for stream in streams], length)
+    repeats = [stream.repeats for stream in streams]
+    return widths.choose(widths.longest_of_batches(lengths, repeats, batch_size), length)
 
 
 def _fill(held: Sequence[Sequence[rows_of.Row]], batch_size: int, width: int) -> Batch:

@@ -145,34 +145,49 @@ def test_batches_without_packing_are_as_narrow_as_few_widths_allow() -> None:
     assert used == set(made.widths.tolist())
 
 
-def test_widths_are_the_best_there_are() -> None:
-    rng = np.random.default_rng(1)
-    for most in (1, 2, 3, 4):
-        parts = [rng.integers(1, 90, size=30), rng.integers(1, 30, size=20)]
-        repeats = [1.0, 2.5]
-        got = widths.choose(parts, repeats, 85 + 5, most)
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+def test_widths_are_the_best_there_are(most: int) -> None:
+    longest = np.random.default_rng(most).integers(1, 90, size=40)
+    got = widths.choose(longest, 90, most)
+    highest = min(90, -(-int(longest.max()) // 8) * 8)
 
-        def positions(chosen: np.ndarray, parts=parts, repeats=repeats) -> float:
-            return sum(
-                times * chosen[np.searchsorted(chosen, values)].sum()
-                for values, times in zip(parts, repeats, strict=True)
-            )
+    def positions(chosen: np.ndarray) -> int:
+        return int(chosen[np.searchsorted(chosen, longest)].sum())
 
-        highest = min(90, -(-int(max(map(np.max, parts))) // 8) * 8)
-        lower = [w for w in range(8, 90, 8) if w < highest]
-        every = (
-            np.array([*some, highest])
-            for count in range(most)
-            for some in itertools.combinations(lower, count)
+    every = (
+        np.array([*some, highest])
+        for count in range(most)
+        for some in itertools.combinations(range(8, highest, 8), count)
+    )
+    assert got[-1] == highest and len(got) <= most
+    assert positions(got) == min(map(positions, every))
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (2, 1), (3, 5)])
+def test_widths_are_chosen_for_the_batches_that_come(weights: tuple[int, int]) -> None:
+    sources = [random_rows.some(n, seed=n) for n in (31, 50)]
+    parts = [rows.InMemory(given) for given in sources]
+    settings = {"batch_size": 4, "length": 64, "seed": 0, "weights": weights}
+    made = batches.Batches(parts, packing=False, **settings)
+    longest = [
+        max(
+            len(sources[source][row].tokens) - 1
+            for held in made.members(step)
+            for source, row in held
         )
-        assert got[-1] == highest and len(got) <= most
-        assert positions(got) == pytest.approx(min(map(positions, every)))
+        for step in range(made.steps_per_epoch)
+    ]
+    lengths, times = [part.lengths for part in parts], [float(weight) for weight in weights]
+    foreseen = widths.longest_of_batches(lengths, times, 4)
+    # Rows move among batches of one width, so the lengths differ below it, and the widths do not.
+    at = [np.sort(np.searchsorted(made.widths, values)) for values in (longest, foreseen)]
+    assert np.array_equal(*at)
 
 
 def test_a_width_that_saves_little_is_not_compiled() -> None:
-    assert widths.choose([np.full(100, 60)], [1.0], 64).tolist() == [64]
-    assert widths.choose([np.r_[np.full(1000, 60), 50]], [1.0], 64).tolist() == [64]
-    assert widths.choose([np.r_[np.full(1000, 60), 65]], [1.0], 4096).tolist() == [64, 72]
+    assert widths.choose(np.full(100, 60), 64).tolist() == [64]
+    assert widths.choose(np.r_[np.full(1000, 60), 50], 64).tolist() == [64]
+    assert widths.choose(np.r_[np.full(1000, 60), 65], 4096).tolist() == [64, 72]
 
 
 @pytest.mark.parametrize("packing", [True, False])
