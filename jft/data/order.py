@@ -101,8 +101,8 @@ class Epoch:
             return np.zeros(0, np.int64)
         at = int(np.searchsorted(self._ends, entry, side="right"))
         piece = self._pieces[at]
-        bin_ = piece.bins[entry - self._ends[at] + len(piece.bins)]
-        return piece.placed[piece.stream.bins[bin_]]
+        chosen = int(piece.bins[entry - self._ends[at] + len(piece.bins)])
+        return piece.placed[piece.stream.bins[chosen]]
 
 
 def _pieces(stream: Stream, seed: int, epoch: int) -> list[Piece]:

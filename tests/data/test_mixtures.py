@@ -53,6 +53,36 @@ def test_a_quarter_is_another_quarter_in_each_epoch(packing: bool) -> None:
     assert all(count == 1 for epoch in range(4) for count in counts(made, epoch).values())
 
 
+def test_fractions_are_another_choice_in_each_cycle_and_the_same_number_of_each_source() -> None:
+    lengths = [
+        list(range(1, 21)),
+        list(range(21, 51)),
+    ]  # no two alike that could stand for each other
+    sources = [rows.InMemory(random_rows.make(part)) for part in lengths]
+    settings = {"batch_size": 4, "length": 64, "seed": 0, "packing": False}
+    made = batches.Batches(sources, weights=[0.5, 0.5], **settings)
+    epochs = [counts(made, epoch) for epoch in range(6)]
+    for epoch in epochs:
+        assert collections.Counter(source for source, _ in epoch) == {0: 10, 1: 15}
+    assert len({frozenset(epoch) for epoch in epochs}) == 6
+
+
+def test_who_fills_a_wider_batch_is_a_matter_of_chance_and_not_of_the_source() -> None:
+    sources = [rows.InMemory(random_rows.make(part)) for part in ([60, 8, 8, 8], [8, 8])]
+    settings = {"batch_size": 2, "length": 64, "seed": 0, "packing": False}
+    made = batches.Batches(sources, weights=[1, 2], **settings)
+    assert made.steps_per_epoch == 4
+    beside = collections.Counter(
+        source
+        for step in range(4 * 350)
+        if ((0, 0),) in (both := {tuple(held) for held in made.members(step)})
+        for ((source, row),) in both
+        if (source, row) != (0, 0)
+    )
+    # 3 of the 7 short rows of an epoch are source 0's; 9 is the standard deviation.
+    assert beside.total() == 350 and 115 < beside[0] < 185
+
+
 @hypothesis.given(
     sizes=strategies.lists(strategies.integers(1, 25), min_size=1, max_size=3),
     weights=strategies.lists(
