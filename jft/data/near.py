@@ -10,9 +10,11 @@ Memory is 9 bytes a row, and some ten times as much while groups are made; signa
 """
 
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 
@@ -28,20 +30,28 @@ COMMON_ROWS = 20  # ... but at least so many, or every word were common in a sma
 INFORMATIVE = 24  # columns a verdict needs beside the common ones
 WINDOW = 32  # candidates of a row in one band
 _CHUNK = 1 << 14  # rows read at once
+_WIDTH = 2 * COLUMNS  # bytes of a signature
 _SEED = 20
 
 # Chinese and Japanese have no spaces: each character is a word. So is each sign that is no
-# punctuation: an operator tells two sums apart, and a smiley two moods.
+# punctuation: an operator tells two sums apart, and a smiley two moods. A hyphen is none.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|[^\w\s.,;:!?'\"()\[\]{{}}`’‘“”…]")
+_WORD = re.compile(
+    rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|-(?![^\W\d])|[^\w\s.,;:!?'\"()\[\]{{}}`’‘“”…-]"
+)
 
 
 def text(example: examples.Example) -> str:
     """What of an example is compared: its turns but the system's, which whole files share."""
     if not example.messages:
         return example.text
-    turns = (turn for turn in example.messages if turn["role"] != "system")
+    turns = (t for t in (*example.messages, *example.rejected) if t["role"] != "system")
     return "\n".join(turn.get("content") or str(turn.get("tool_calls", "")) for turn in turns)
+
+
+def words(text: str) -> list[str]:
+    """What of a text tells it apart from others: words and signs, without case and punctuation."""
+    return _WORD.findall(text.casefold())
 
 
 class Signatures:
@@ -57,11 +67,11 @@ class Signatures:
         return len(self._short)
 
     def add(self, text: str) -> None:
-        words = _WORD.findall(text[:CHARACTERS].casefold())
-        said = " ".join(words or [text]).encode("utf-8", "surrogatepass")
-        self._hashes += hashlib.blake2b(said, digest_size=8).digest()
-        self._short.append(len(words) < WORDS)
-        self._waiting.append({f"{a} {b}" for a, b in zip(words, words[1:], strict=False)})
+        said = words(text[:CHARACTERS])
+        joined = " ".join(said or [text]).encode("utf-8", "surrogatepass")
+        self._hashes += hashlib.blake2b(joined, digest_size=8).digest()
+        self._short.append(len(said) < WORDS)
+        self._waiting.append({f"{a} {b}" for a, b in zip(said, said[1:], strict=False)})
         if len(self._waiting) >= 1024:
             self._write()
 
@@ -85,6 +95,7 @@ class Signatures:
         if self._waiting:
             self._file.seek(0, 2)
             self._file.write(_signatures(self._waiting).tobytes())
+            self._file.flush()
             self._waiting = []
 
 
@@ -96,54 +107,54 @@ def _signatures(sets: list[set[str]]) -> np.ndarray:
     return np.array(digests, np.uint32).astype(np.uint16)
 
 
-def _cluster(
-    file: tempfile._TemporaryFileWrapper, rows: np.ndarray, threshold: float
-) -> np.ndarray:
+def _cluster(file: IO[bytes], rows: np.ndarray, threshold: float) -> np.ndarray:
     """int64 [n]: for each of these rows of the file, the position of its group's first member."""
     common = _common(file, rows)
     labels = np.arange(len(rows))
     for band in range(0, COLUMNS, BAND):
-        keys, telling = _keys(file, rows, common, band)
-        pairs = _candidates(keys, telling)
+        keys, telling = _keys(file, common, band)
+        pairs = _candidates(keys[rows], telling[rows])
         pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
-        labels = _join(labels, pairs[_similar(file, rows, pairs, common) >= threshold])
+        if len(pairs):
+            labels = _join(labels, pairs[_similar(file, rows[pairs], common) >= threshold])
     return labels
 
 
-def _read(
-    file: tempfile._TemporaryFileWrapper, rows: np.ndarray
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """The signatures of rows, some at a time, with where they stand among the rows."""
-    for start in range(0, len(rows), _CHUNK):
-        place = slice(start, start + _CHUNK)
-        # A new map each time: what a map has read counts as this process's memory until it is closed.
-        matrix = np.memmap(file, np.uint16, "r").reshape(-1, COLUMNS)
-        yield place, np.array(matrix[rows[place]])
-        del matrix
+def _chunks(file: IO[bytes]) -> Iterator[tuple[slice, np.ndarray]]:
+    """All signatures of the file in turn: where they stand, and uint16 [m, COLUMNS].
+
+    Read, not mapped: what a map has touched counts as this process's memory.
+    """
+    file.seek(0)
+    start = 0
+    while len(chunk := np.frombuffer(file.read(_CHUNK * _WIDTH), np.uint16).reshape(-1, COLUMNS)):
+        yield slice(start, start + len(chunk)), chunk
+        start += len(chunk)
 
 
-def _common(file: tempfile._TemporaryFileWrapper, rows: np.ndarray) -> np.ndarray:
-    """bool [COLUMNS, 65536]: the values that so many rows have that they tell none apart."""
+def _common(file: IO[bytes], rows: np.ndarray) -> np.ndarray:
+    """bool [COLUMNS, 65536]: the values that so many of these rows have that they tell none apart."""
     counts = np.zeros((COLUMNS, 1 << 16), np.int32)
-    for _, chunk in _read(file, rows):
+    wanted = np.zeros(file.seek(0, 2) // _WIDTH, bool)
+    wanted[rows] = True
+    for place, chunk in _chunks(file):
+        chosen = chunk[wanted[place]]
         for column in range(COLUMNS):
-            counts[column] += np.bincount(chunk[:, column], minlength=1 << 16).astype(np.int32)
+            values, times = np.unique(chosen[:, column], return_counts=True)
+            counts[column, values] += times.astype(np.int32)
     return counts > max(COMMON_ROWS, COMMON * len(rows))
 
 
-def _keys(
-    file: tempfile._TemporaryFileWrapper, rows: np.ndarray, common: np.ndarray, band: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows' values in one band as one number each, and whether not all of them are common."""
+def _keys(file: IO[bytes], common: np.ndarray, band: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's values in one band as one number, and whether not all of them are common."""
     multipliers = np.random.default_rng(_SEED).integers(1, 1 << 63, BAND, np.uint64) | np.uint64(1)
     columns = np.arange(band, band + BAND)
-    keys = np.zeros(len(rows), np.uint64)
-    telling = np.zeros(len(rows), bool)
-    for place, chunk in _read(file, rows):
+    keys, telling = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
+    for _, chunk in _chunks(file):
         values = chunk[:, columns]
-        keys[place] = (values.astype(np.uint64) * multipliers).sum(1, dtype=np.uint64)
-        telling[place] = ~common[columns, values].all(1)
-    return keys, telling
+        keys.append((values.astype(np.uint64) * multipliers).sum(1, dtype=np.uint64))
+        telling.append(~common[columns, values].all(1))
+    return np.concatenate(keys), np.concatenate(telling)
 
 
 def _candidates(keys: np.ndarray, telling: np.ndarray) -> np.ndarray:
@@ -161,21 +172,26 @@ def _candidates(keys: np.ndarray, telling: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate(found), axis=0)
 
 
-def _similar(
-    file: tempfile._TemporaryFileWrapper, rows: np.ndarray, pairs: np.ndarray, common: np.ndarray
-) -> np.ndarray:
-    """float64 [m]: the estimated Jaccard similarity of each pair, common values apart."""
+def _similar(file: IO[bytes], pairs: np.ndarray, common: np.ndarray) -> np.ndarray:
+    """float64 [m]: the estimated Jaccard similarity of each pair of rows, common values apart."""
     estimates = np.zeros(len(pairs))
     columns = np.arange(COLUMNS)
-    for (place, left), (_, right) in zip(
-        _read(file, rows[pairs[:, 0]]), _read(file, rows[pairs[:, 1]]), strict=True
-    ):
+    for start in range(0, len(pairs), _CHUNK):
+        place = slice(start, start + _CHUNK)
+        left, right = _fetch(file, pairs[place, 0]), _fetch(file, pairs[place, 1])
         same = left == right
         shared = same & common[columns, left]
         informative = COLUMNS - shared.sum(1)
         share = (same & ~shared).sum(1) / np.maximum(informative, 1)
         estimates[place] = np.where(informative >= INFORMATIVE, share, 0.0)
     return estimates
+
+
+def _fetch(file: IO[bytes], rows: np.ndarray) -> np.ndarray:
+    """uint16 [n, COLUMNS]: the signatures of some rows."""
+    number = file.fileno()
+    found = b"".join(os.pread(number, _WIDTH, row * _WIDTH) for row in rows.tolist())
+    return np.frombuffer(found, np.uint16).reshape(-1, COLUMNS)
 
 
 def _join(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
