@@ -4,7 +4,7 @@
 import collections
 
 from jft.data import examples, findings
-from jft.data.checks import found, parts
+from jft.data.checks import found
 
 SAMPLE = 5000  # rows whose language is asked for
 LETTERS = 80  # a text needs so many, and must be mostly letters, to have a language
