@@ -8,7 +8,7 @@ from jft.data.checks import found
 
 SAMPLE = 5000  # rows whose language is asked for
 LETTERS = 80  # a text needs so many, and must be mostly letters, to have a language
-READ = 250  # characters read
+READ = 200  # characters read
 SURE = 0.99  # probability
 SMALL = 0.05  # of the rows: a language below this is rather an accident
 

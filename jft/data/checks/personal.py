@@ -26,8 +26,10 @@ _NO_HOST = re.compile(
 _NO_USER = re.compile(
     r"^(?:git|noreply|no-reply|user|username|name|you|your.?name|your.?email|email)@", re.I
 )
-# One search for all that is made of digits; what it is, is settled afterwards.
-_DIGITS = re.compile(r"(?<![\w.,$£€#/-])\+?\(?\d[\d ().-]{5,24}\d(?![\w%/-]|[.,]\d)")
+# One search for all that is made of digits; what it is, is settled afterwards. A pattern that begins
+# with a set of characters, and not with \b, is searched for several times as fast.
+_DIGITS = re.compile(r"[\d+(][\d ().-]{6,26}\d(?![\w%/-]|[.,]\d)")
+_NOT_BEFORE = re.compile(r"[\w.,$£€#/+(-]")
 _SSN = re.compile(r"(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}")
 _AMERICAN = re.compile(r"(?:\+?1[ .-]?)?(?:\([2-9]\d\d\) ?|[2-9]\d\d([ .-]))[2-9]\d\d[ .-]\d{4}")
 _INTERNATIONAL = re.compile(
@@ -47,7 +49,7 @@ _CARD_LENGTHS = {
     "6": (16, 19),
     "35": (16, 19),
 }
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+_IBAN = re.compile(r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _IBAN_LENGTHS = {
     **dict.fromkeys(("NO",), 15), **dict.fromkeys(("BE",), 16), **dict.fromkeys(("DK", "FI", "NL"), 18),
     **dict.fromkeys(("SI", "MK"), 19), **dict.fromkeys(("AT", "EE", "LT", "LU", "KZ", "BA"), 20),
@@ -70,10 +72,11 @@ class Personal:
         if "@" in text and any(is_mail(match) for match in _EMAIL.finditer(text)):
             self._found.add(row, "e-mail address", part)
         for match in _DIGITS.finditer(text):
-            if name := number(match.group().strip(" .-"), text[: match.start()][-12:]):
+            before = text[max(match.start() - 12, 0) : match.start()]
+            if not _NOT_BEFORE.match(before[-1:]) and (name := number(match.group(), before)):
                 self._found.add(row, name, part)
         for match in _IBAN.finditer(text):
-            if is_iban(match.group()):
+            if is_iban(match.group()) and not text[: match.start()][-1:].isalnum():
                 self._found.add(row, "IBAN", part)
 
     def told(self, places: found.Places) -> list[findings.Finding]:

@@ -7,6 +7,7 @@ million sets), so that a set of any size can be compared.
 
 import array
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -38,19 +39,29 @@ class Repeats:
         """Adds a row; returns the hash of all of it."""
         turns = [_trimmed(turn) for turn in example.messages]
         rejected = [_trimmed(turn) for turn in example.rejected]
-        rest = [example.text.strip(), example.tools, example.label]
-        whole = _hash([turns, rejected, *rest])
+        tools = _encode(example.tools) if example.tools else ""
+        whole = _hash(_encode([turns, rejected, example.text.strip(), example.label]) + tools)
+        prompt = int.from_bytes(split.prompt_key(example, 0)[:8], "little")
         self._row.append(row)
         self._whole.append(whole)
-        prompt = split.prompt_key(example, 0)
-        self._prompt.append(_hash([prompt.hex(), example.tools] if example.tools else prompt.hex()))
-        self._words.append(_hash(_prompt_words(example)))
-        self._answer.append(_hash(turns[-1:]) if turns else 0)
-        self._rejected.append(_hash(rejected[-1:]))
+        self._prompt.append(_hash(f"{prompt} {tools}") if tools else prompt)
+        self._answer.append(_hash(_encode(turns[-1])) if turns else 0)
+        self._rejected.append(_hash(_encode(rejected[-1])) if rejected else 0)
         self._judged.append(_judged(example))
-        if self._signatures is not None:
-            self._signatures.add(near.text(example))
+        self._add_words(example)
         return whole
+
+    def _add_words(self, example: examples.Example) -> None:
+        texts = [parts.said(turn)[: near.CHARACTERS] for turn in example.messages]
+        said = [near.words(text) or [text] for text in texts or [example.text[: near.CHARACTERS]]]
+        prompt = said[:-1] or said
+        self._words.append(_hash("\n".join(" ".join(words) for words in prompt)))
+        if self._signatures is not None and not example.rejected:
+            turns = zip(example.messages, said, strict=True) if example.messages else ()
+            shown = [words for turn, words in turns if turn["role"] != "system"]
+            self._signatures.add_words(list(itertools.chain.from_iterable(shown or said)))
+        elif self._signatures is not None:
+            self._signatures.add(near.text(example))
 
     def told(self, places: found.Places) -> list[findings.Finding]:
         if not self._row:
@@ -170,8 +181,12 @@ class Repeats:
         prompts = np.frombuffer(self._words, np.uint64)
         leaked = valid & np.isin(prompts, prompts[~valid])
         near_too = valid & ~leaked & np.isin(groups, groups[~valid])
-        if not leaked.any() and not near_too.any():
-            return []
+        counts = {
+            "valid_rows": _short(places, rows[leaked], len(rows)),
+            "near_valid_rows": _short(places, rows[near_too], len(rows)),
+        }
+        if not leaked.any():
+            return [_tell_near_leak(int(near_too.sum()), counts)] if near_too.any() else []
         sources = ~valid & np.isin(prompts, prompts[leaked])
         share = leaked.sum() / valid.sum()
         beside = f"; {near_too.sum():,} more nearly repeat a training row" if near_too.any() else ""
@@ -184,13 +199,21 @@ class Repeats:
                 f"{leaked.sum():,} of {valid.sum():,} validation rows ({share:.1%}) have a prompt of the training "
                 f"data{beside}",
                 "take these training rows out (--fix does), or validation measures memory",
-                {
-                    "valid_rows": _short(places, rows[leaked], len(rows)),
-                    "near_valid_rows": _short(places, rows[near_too], len(rows)),
-                    "fix": "remove",
-                },
+                counts | {"fix": "remove"},
             )
         ]
+
+
+def _tell_near_leak(count: int, counts: dict[str, Any]) -> findings.Finding:
+    return findings.Finding(
+        "leak",
+        "note",
+        count,
+        (),
+        f"{found.plural(count, 'validation row')} nearly repeat a training row",
+        "look at a few: where they are the same question, validation measures memory",
+        counts,
+    )
 
 
 def _trimmed(turn: examples.Turn) -> dict[str, Any]:
@@ -199,14 +222,8 @@ def _trimmed(turn: examples.Turn) -> dict[str, Any]:
     }
 
 
-def _prompt_words(example: examples.Example) -> list[object]:
-    """The words of all that the answer answers, turn by turn; of a plain text, all words."""
-    texts = [parts.said(turn) for turn in example.messages[:-1] or example.messages]
-    return [near.words(text) or text for text in texts or [example.text]]
-
-
-def _hash(value: object) -> int:
-    said = _encode(value).encode("utf-8", "surrogatepass")
+def _hash(text: str) -> int:
+    said = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
 
 
