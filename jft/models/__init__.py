@@ -86,3 +86,13 @@ def load(
     config, params, fingerprint = room.load(place, dtype, shardings)
     pinned = resolve.commit(place) or revision or ""
     return Model(path, config, params, room.tokenizer(place), fingerprint, pinned)
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model that `load` would load, without its weights: of a Hub name they are not fetched.
+
+    Raises:
+      UserError: it cannot be had or is damaged.
+    """
+    place = resolve.resolve(path, revision, without_weights=True)
+    return (gguf if place.suffix == ".gguf" else hf).tokenizer(place)

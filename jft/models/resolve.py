@@ -39,18 +39,26 @@ EMBEDDED: dict[str, Embedded] = {
 }
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONFIG = "config.json"
-_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+_WEIGHTS = "*.safetensors"
+_PATTERNS = ["*.json", _WEIGHTS, "tokenizer*", "*.jinja"]
 # Other copies of the same weights that some repositories hold in folders of their own.
 _IGNORED = ["*/*", "*.bin", "*.py", "consolidated*.safetensors"]
 
 
-def resolve(path: str, revision: str | None = None, *, config_only: bool = False) -> pathlib.Path:
+def resolve(
+    path: str,
+    revision: str | None = None,
+    *,
+    config_only: bool = False,
+    without_weights: bool = False,
+) -> pathlib.Path:
     """The place of a model on this machine, fetched if need be.
 
     Args:
       path: a folder, a .gguf file, a key of `EMBEDDED` or a Hub name ("owner/name").
       revision: a branch, tag or commit of a Hub name.
       config_only: of a Hub name, only config.json is fetched.
+      without_weights: of a Hub name, all but the weights is fetched: the configuration and the tokenizer.
 
     Raises:
       errors.UserError: nothing is there and nothing can be fetched.
@@ -64,7 +72,8 @@ def resolve(path: str, revision: str | None = None, *, config_only: bool = False
         return _embedded(path, EMBEDDED[path])
     if _looks_like_path(path):
         raise errors.UserError(f"{path}: no such file or folder{_near(place)}")
-    return _from_hub(path, revision, [_CONFIG] if config_only else _PATTERNS)
+    patterns = [p for p in _PATTERNS if not (without_weights and p == _WEIGHTS)]
+    return _from_hub(path, revision, [_CONFIG] if config_only else patterns)
 
 
 def commit(place: pathlib.Path) -> str | None:

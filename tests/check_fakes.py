@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stand-ins for the rooms that `jft check` composes, where they are not there yet: `install` puts them in place."""
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jft import errors
+from jft.data import chat, examples, findings, formats, readers, rows
+
+
+class Reading:
+    def __init__(
+        self, columns: Mapping[str, str] | None = None, header: bool = True, separator: str = ""
+    ) -> None:
+        self.columns, self.header, self.separator = dict(columns or {}), header, separator
+
+
+class Shape(formats.Shape):
+    def describe(self) -> str:
+        return f"{self.kind} ({' → '.join(self.required)})"
+
+
+class Table:
+    def __init__(self, source: str, reading: Reading) -> None:
+        self._source, self._reading = source, reading
+        self.files, self.extra = (source,), ()
+        self.shape = Shape("prompt/response", "", "")
+
+    def __iter__(self) -> Iterator[examples.Example | examples.Fault]:
+        shape = None
+        for number, row in readers.read_rows(self._source):
+            place = f"{self._source}:row {number}"
+            if shape is None:
+                found = formats.recognise(tuple(row), self._reading.columns, place)
+                shape = self.shape = Shape(**vars(found))
+                self.extra = tuple(name for name in row if name not in shape.used)
+            try:
+                messages = formats._conversation(row, shape, place)  # noqa: SLF001
+            except errors.UserError as error:
+                kind = "empty" if "is empty" in str(error) else "malformed"
+                yield examples.Fault(kind, str(error), self._source, number)
+            else:
+                yield examples.Example(tuple(messages), place, self._source, number)
+
+
+class Examination:
+    """Faults, exact duplicates and what leaks."""
+
+    def __init__(self, *, near: bool = True, languages: bool = True) -> None:
+        self._places: dict[str, list[tuple[str, int]]] = {}
+        self._seen: set[str] = set()
+
+    def add(self, item: examples.Example | examples.Fault, *, valid: bool = False) -> None:
+        kind = item.kind if isinstance(item, examples.Fault) else ""
+        if isinstance(item, examples.Example):
+            text = repr(item.messages)
+            kind = ("leak" if valid else "duplicate") if text in self._seen else ""
+            if not valid:
+                self._seen.add(text)
+        if kind:
+            self._places.setdefault(kind, []).append((item.path, item.number))
+
+    def findings(self) -> "list[findings.Finding]":
+        severity = {"malformed": "error", "leak": "error"}
+        return [
+            findings.Finding(
+                kind, severity.get(kind, "warning"), len(p), tuple(p), f"{kind} they are", "look"
+            )
+            for kind, p in self._places.items()
+        ]
+
+
+class Encoder:
+    def __init__(
+        self, tokenizer: Any, *, train_on: str = "assistant", system: str | None = None
+    ) -> None:
+        self._tokenizer, self._system = tokenizer, system
+
+    def encode(self, batch: Sequence[examples.Example]) -> list[list[rows.Row] | examples.Fault]:
+        return [self._one(example) for example in batch]
+
+    def _one(self, example: examples.Example) -> list[rows.Row] | examples.Fault:
+        try:
+            made = chat.encode(
+                self._tokenizer,
+                formats.Example(example.messages, example.source),
+                system=self._system,
+            )
+        except errors.UserError as error:
+            return examples.Fault("template", str(error), example.path, example.number)
+        return [rows.Row(made.tokens, made.trained, made.source)]
+
+
+def install() -> None:
+    fakes = {
+        "checks": {"Examination": Examination},
+        "encoding": {"Encoder": Encoder},
+        "fixing": {"fix": lambda source, reading, found, out: {"written": out}},
+    }
+    for name, contents in fakes.items():
+        try:
+            importlib.import_module(f"jft.data.{name}")
+        except ModuleNotFoundError:
+            module = types.ModuleType(f"jft.data.{name}")
+            vars(module).update(contents)
+            sys.modules[f"jft.data.{name}"] = module
+            setattr(sys.modules["jft.data"], name, module)
+    if not hasattr(formats, "Reading"):
+        vars(formats).update(Reading=Reading, Table=Table)
