@@ -2,6 +2,7 @@
 """Answers to a file of prompts, several at a time; and plain text, which has no template."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 import tqdm
 
 from jft import errors, generate
-from jft.data import chat, formats, readers
+from jft.data import chat, examples, readers
 
 RESPONSE = "response"
+ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +41,36 @@ def read(path: str, out: str | None, *, raw: bool) -> list[Row]:
     Raises:
       UserError: a row has no prompt, or has an answer already, or `out` is the same file.
     """
-    if out and pathlib.Path(out).exists() and pathlib.Path(out).samefile(path):
-        raise errors.UserError(f"--out={out}: is the file of prompts; name another")
+    if out and pathlib.Path(out).exists():
+        for file in readers.files(path):
+            if pathlib.Path(file).exists() and pathlib.Path(out).samefile(file):
+                raise errors.UserError(f"--out={out}: is the file of prompts; name another")
     found = []
-    for number, fields in readers.read_rows(path):
-        place = f"{path}:row {number}"
+    for record in readers.stream(path):
+        if isinstance(record, examples.Fault):
+            raise errors.UserError(record.message)
+        fields, place = record.value, f"{record.path}:row {record.number}"
         if not isinstance(fields, dict):
             raise errors.UserError(f"{place}: holds {readers.kind(fields)}, not an object")
         if RESPONSE in fields:
             raise errors.UserError(
                 f"{place}: has a field {RESPONSE!r} already; rename it, as to 'reference'"
             )
+        _check_writable(fields, place)
         messages = _plain(fields, place) if raw else _messages(fields, place)
         found.append(Row(fields, messages, place))
     return found
+
+
+def _check_writable(fields: dict[str, Any], place: str) -> None:
+    """Fields come out again beside the answer, as JSON."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value)
+        except (TypeError, RecursionError):
+            raise errors.UserError(
+                f"{place}: field {name!r} is {readers.kind(value)}, which JSON can't hold; leave it out"
+            ) from None
 
 
 def _plain(fields: dict[str, Any], place: str) -> list[dict[str, str]]:
@@ -81,9 +99,9 @@ def _messages(fields: dict[str, Any], place: str) -> list[dict[str, str]]:
 
 
 def _turn(turn: Any, place: str) -> dict[str, str]:
-    if not isinstance(turn, dict) or turn.get("role") not in formats.ROLES:
+    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
         raise errors.UserError(
-            f"{place} is no {{'role': {'|'.join(formats.ROLES)}, 'content': ...}}"
+            f"{place} is no {{'role': {'|'.join(ROLES)}, 'content': ...}}"
         )
     return {"role": turn["role"], "content": _text(turn.get("content"), "content", place)}
 

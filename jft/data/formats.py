@@ -1,278 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a file to conversations that end with the assistant's turn.
-
-Three shapes are recognised from the column names: a prompt and a response, an alpaca row
-(instruction, input, output), and a list of messages. Nothing is guessed: two columns that could
-both be meant are an error.
-"""
+"""A source's rows as examples: every row once, as an `Example` or as the `Fault` that says why it is none."""
 
 import dataclasses
-import difflib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jft import errors
-from jft.data import readers
+from jft.data import build, examples, readers, records, shapes, turns
 
-PROMPTS = ("prompt", "instruction", "question", "input", "query")
-RESPONSES = ("response", "completion", "output", "answer", "target")
-MESSAGES = ("messages", "conversations")
+Shape = shapes.Shape
+Example = examples.Example
+pair = examples.pair
 ROLES = ("system", "user", "assistant")
-# The role names of ShareGPT's {"from": ..., "value": ...} turns.
-_SHAREGPT = {"system": "system", "human": "user", "gpt": "assistant"}
-# Keys of a turn that change what it means: reading past them would train on something else than the
-# file says.
-_UNREAD = ("tool_calls", "function_call", "weight", "reasoning_content", "thinking")
+
+# Rows looked at before it is said that the columns are not understood.
+_PEEK = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """One conversation; `source` is its place, for messages to the user."""
+class Reading:
+    """How files are understood.
 
-    messages: tuple[dict[str, str], ...]
-    source: str
+    `columns` has a column's name, or its place from 0, by role (`shapes.ROLES`); an empty name means not given.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Which column is what; an empty name means none. `context` is alpaca's input column."""
-
-    kind: str  # "prompt/response", "alpaca" or "messages"
-    prompt: str = ""
-    response: str = ""
-    context: str = ""
-    messages: str = ""
-    system: str = ""
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        return (self.messages,) if self.messages else (self.prompt, self.response)
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        return tuple(name for name in (*self.required, self.context, self.system) if name)
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    header: bool = (
+        True  # CSV and TSV begin with a line of names; False: they are called "0", "1", ...
+    )
+    separator: str = ""  # splits the text into a prompt, up to and with it, and the response
 
 
-@dataclasses.dataclass(frozen=True)
 class Table:
-    """A file as read: its examples, how its rows were understood, and the columns nothing read."""
+    """The rows of a source, read anew by each iteration, a few at a time.
 
-    examples: tuple[Example, ...]
+    Attributes:
+        files: that are read.
+        shape: what the columns are, known from the first row that can be used; None if there is none.
+        extra: columns that nothing reads; complete after an iteration.
+    """
+
+    def __init__(self, source: str, reading: Reading = Reading()) -> None:  # noqa: B008 (frozen)
+        """Looks at the first rows.
+
+        Raises:
+            errors.UserError: the source can't be found, holds no row, or its columns are not understood.
+        """
+        self.source, self.reading = source, reading
+        self.files = readers.files(source)
+        self.extra: tuple[str, ...] = ()
+        self._given = shapes.check_columns(reading.columns, reading.separator)
+        self.shape: Shape | None = None
+        self.shape = self._peek()
+
+    def __iter__(self) -> Iterator[examples.Example | examples.Fault]:
+        plans: dict[tuple[str, ...], _Plan] = {}
+        seen: dict[str, None] = {}
+        for record in readers.stream(self.source, header=self.reading.header):
+            if isinstance(record, examples.Fault):
+                yield record
+                continue
+            try:
+                row = _columns(record.value)
+                names = tuple(row)
+                if names not in plans:
+                    plans[names] = self._plan(row)
+                    seen.update(dict.fromkeys(names))
+                    used = {name for plan in plans.values() for name in plan.shape.columns.values()}
+                    self.extra = tuple(name for name in seen if name not in used)
+                fields = plans[names].fields(row)
+            except errors.UserError as error:
+                kind = "empty" if isinstance(error, turns.Empty) else "malformed"
+                yield records.fault(record.path, record.number, str(error), kind=kind)
+            else:
+                place = f"{record.path}:row {record.number}"
+                yield examples.Example(
+                    source=place, path=record.path, number=record.number, **fields
+                )
+
+    def _peek(self) -> Shape | None:
+        """The shape of the first row that can be used; else of the first whose columns are understood."""
+        first: Shape | None = None
+        misread: str = ""
+        nothing: str | None = None
+        for record in itertools.islice(
+            readers.stream(self.source, header=self.reading.header), _PEEK
+        ):
+            if isinstance(record, examples.Fault):
+                nothing = record.message if record.number == 0 and nothing is None else nothing
+                continue
+            nothing = ""
+            place = f"{record.path}:row {record.number}"
+            try:
+                row = _columns(record.value)
+                shape = shapes.recognise(row, self._given, self.reading.separator)
+            except errors.UserError as error:
+                misread = misread or f"{place}: {error}"
+                continue
+            first = first or shape
+            try:
+                build.build(row, shape)
+                return shape
+            except errors.UserError:
+                continue
+        if nothing or (first is None and misread):
+            raise errors.UserError(nothing or misread)
+        return first
+
+    def _plan(self, row: Mapping[str, Any]) -> "_Plan":
+        first = self.shape
+        if first is None:
+            return _Plan.of(shapes.recognise(row, self._given, self.reading.separator), row)
+        missing = [name for name in first.required.values() if name not in row]
+        if missing:
+            raise errors.UserError(
+                f"has no column {missing[0]!r}, and the file's rows are {first.describe()}; "
+                "one file holds one shape: mend the row or take it out"
+            )
+        shape = shapes.recognise(row, self._given, self.reading.separator)
+        if first.kind == "unpaired" and "label" not in shape.columns:
+            columns = {**shape.columns, "label": first.columns["label"]}
+            shape = Shape("unpaired", columns, stated=first.stated)
+        if shape.required != first.required:
+            raise errors.UserError(
+                f"is {shape.describe()}, and the file's rows are {first.describe()}; "
+                "one file holds one shape: mend the row or take it out"
+            )
+        return _Plan.of(shape, row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is done with rows of the same columns."""
+
     shape: Shape
-    extra: tuple[str, ...]
+    labels: tuple[str, ...]  # columns called label that the shape does not read
+
+    @classmethod
+    def of(cls, shape: Shape, row: Mapping[str, Any]) -> "_Plan":
+        used = {*shape.columns.values()}
+        labels = [name for name in row if name.strip().lower() == "label" and name not in used]
+        return cls(shape, tuple(labels) if shape.kind in _LABELLED else ())
+
+    def fields(self, row: Mapping[str, Any]) -> build.Fields:
+        for name in self.labels:
+            if isinstance(row[name], bool):
+                raise errors.UserError(
+                    f"column {name!r} is true or false, and it was not in the first row; "
+                    f"set data.columns.label={name}, or leave the column out"
+                )
+        return build.build(row, self.shape)
 
 
-def read(path: str, columns: Mapping[str, str] | None = None) -> list[Example]:
-    """The examples of a file; see `read_table`."""
-    return list(read_table(path, columns).examples)
+_LABELLED = ("messages", "prompt/response", "alpaca")
 
 
-def read_table(path: str, columns: Mapping[str, str] | None = None) -> Table:
-    """Reads a JSONL, JSON, CSV, TSV or Parquet file.
-
-    Args:
-        path: the file; its extension says what it is.
-        columns: names for "prompt", "response", "messages", "system" where the file uses others;
-            empty ones are ignored.
+def read(source: str, reading: Reading = Reading()) -> list[examples.Example]:  # noqa: B008
+    """The examples of a source.
 
     Raises:
-        errors.UserError: the file or a row is not usable; the message names the row.
+        errors.UserError: the source or one of its rows can't be used; tells the first such row.
     """
-    mapping = _check_mapping(columns or {})
-    shapes: dict[tuple[str, ...], Shape] = {}
-    examples = []
-    for number, row in readers.read_rows(path):
-        place = f"{path}:row {number}"
-        if not isinstance(row, dict):
+    found: list[examples.Example] = []
+    for row in Table(source, reading):
+        if isinstance(row, examples.Fault):
+            raise errors.UserError(row.message)
+        found.append(row)
+    return found
+
+
+def _columns(value: Any) -> Mapping[str, Any]:
+    """A row by its columns; a list's columns are called by their places."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value:
+        if isinstance(value[0], dict):
             raise errors.UserError(
-                f"{place}: holds {readers.kind(row)}, not an object with columns"
+                f"holds a list of {len(value)}, not an object; if these are rows, write each in a line, "
+                "or give the file's name the ending .json"
             )
-        names = tuple(row)
-        if names not in shapes:
-            first = next(iter(shapes.values()), None)
-            shapes[names] = _recognise_like(first, names, mapping, place)
-        examples.append(Example(_conversation(row, shapes[names], place), place))
-    used = {name for shape in shapes.values() for name in shape.used}
-    extra = dict.fromkeys(name for names in shapes for name in names if name not in used)
-    return Table(tuple(examples), _widest(list(shapes.values())), tuple(extra))
-
-
-def pair(prompt: str, response: str, system: str = "") -> tuple[dict[str, str], ...]:
-    """A prompt and its response as a conversation."""
-    turns = [{"role": "system", "content": system}] if system else []
-    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return tuple(turns)
-
-
-def recognise(names: Sequence[str], columns: Mapping[str, str], place: str) -> Shape:
-    """The shape of a row with these columns; `columns` settles what the names leave open."""
-    for role, name in columns.items():
-        if name not in names:
-            raise errors.UserError(
-                f"{place}: data.columns.{role}={name} is no column{_near(name, names)}"
-            )
-    system = columns.get("system") or next(iter(_called(names, ("system",))), "")
-    lists = [columns["messages"]] if "messages" in columns else _called(names, MESSAGES)
-    prompts = [columns["prompt"]] if "prompt" in columns else _called(names, PROMPTS)
-    responses = [columns["response"]] if "response" in columns else _called(names, RESPONSES)
-    settled = "prompt" in columns or "response" in columns
-    if "messages" in columns or (lists and not settled and not (prompts and responses)):
-        return Shape("messages", messages=_only(lists, "messages", names, place), system=system)
-    if lists and not settled:
-        raise errors.UserError(
-            f"{place}: both {lists[0]!r} and {prompts[0]!r}, {responses[0]!r} could be meant; set "
-            f"data.columns.messages={lists[0]} or data.columns.prompt={prompts[0]}"
-        )
-    context = ""
-    kinds = [name.strip().lower() for name in prompts]
-    if kinds == ["instruction"] and "prompt" in columns:
-        # Naming the instruction must not lose the input that belongs to it.
-        context = next((name for name in _called(names, ("input",)) if name not in responses), "")
-    elif sorted(kinds) == ["input", "instruction"]:
-        context = prompts.pop(kinds.index("input"))
-    prompt = _only(prompts, "prompt", names, place)
-    response = _only(responses, "response", names, place)
-    if prompt == response:
-        raise errors.UserError(f"{place}: prompt and response are both column {prompt!r}")
-    return Shape(
-        "alpaca" if context else "prompt/response", prompt, response, context, system=system
-    )
-
-
-def _check_mapping(columns: Mapping[str, str]) -> dict[str, str]:
-    known = ("prompt", "response", "messages", "system")
-    for role in columns:
-        if role not in known:
-            raise errors.UserError(f"data.columns.{role}: unknown key{_near(role, known)}")
-    mapping = {role: name for role, name in columns.items() if name}
-    if "messages" in mapping and ("prompt" in mapping or "response" in mapping):
-        raise errors.UserError(
-            "data.columns: set either messages, or prompt and response, not both"
-        )
-    return mapping
-
-
-def _recognise_like(
-    first: Shape | None, names: tuple[str, ...], columns: Mapping[str, str], place: str
-) -> Shape:
-    """A row's shape, which must be the first row's; alpaca's input and the system may be absent."""
-    if first is None:
-        return recognise(names, columns, place)
-    missing = [name for name in first.required if name not in names]
-    if missing:
-        raise errors.UserError(
-            f"{place}: has no {missing[0]!r}, which the first row has ({first.kind}); its columns "
-            f"are {_list(names)}; one file holds one shape"
-        )
-    shape = recognise(names, columns, place)
-    if shape.required != first.required:
-        raise errors.UserError(
-            f"{place}: has columns {_list(shape.required)} where the first row has "
-            f"{_list(first.required)}; one file holds one shape"
-        )
-    return shape
-
-
-def _widest(shapes: list[Shape]) -> Shape:
-    """The shape that names the most columns, since optional ones may be absent from some rows."""
-    return max(shapes, key=lambda shape: len(shape.used))
-
-
-def _called(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    return [name for name in names if name.strip().lower() in wanted]
-
-
-def _only(candidates: list[str], role: str, names: Sequence[str], place: str) -> str:
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
-        raise errors.UserError(
-            f"{place}: no {role} column among {_list(names)}; name it with data.columns.{role}=NAME"
-        )
+        return {str(i): held for i, held in enumerate(value)}
     raise errors.UserError(
-        f"{place}: {_list(candidates)} could each be the {role}; "
-        f"settle it with data.columns.{role}={candidates[0]}"
+        f"holds {readers.kind(value)}, not an object; write {{column: value, ...}}"
     )
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; there are {_list(names)}"
-
-
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:12])
-    return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _conversation(row: Mapping[str, Any], shape: Shape, place: str) -> tuple[dict[str, str], ...]:
-    system = row.get(shape.system) if shape.system else None
-    system = _text(system, f"column {shape.system!r}", place) if system is not None else ""
-    if shape.messages:
-        turns = _turns(row[shape.messages], shape.messages, place)
-        if system and turns[0]["role"] == "system":
-            raise errors.UserError(f"{place}: has a system turn and a column {shape.system!r} too")
-        return ({"role": "system", "content": system}, *turns) if system else turns
-    prompt = _text(row[shape.prompt], f"prompt (column {shape.prompt!r})", place)
-    context = row.get(shape.context) if shape.context else None
-    context = _text(context, f"column {shape.context!r}", place) if context is not None else ""
-    if context.strip():
-        prompt = f"{prompt}\n\n{context}" if prompt.strip() else context
-    response = _text(row[shape.response], f"response (column {shape.response!r})", place)
-    _check_filled(prompt, f"prompt (column {shape.prompt!r})", place)
-    _check_filled(response, f"response (column {shape.response!r})", place)
-    return pair(prompt, response, system)
-
-
-def _turns(value: Any, column: str, place: str) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise errors.UserError(
-            f"{place}: column {column!r} holds {readers.kind(value)}, not messages"
-        )
-    turns = tuple(_turn(turn, f"{place}: message {i}") for i, turn in enumerate(value, start=1))
-    roles = [turn["role"] for turn in turns]
-    if "system" in roles[1:]:
-        raise errors.UserError(f"{place}: a system turn stands after the first message")
-    if "user" not in roles:
-        raise errors.UserError(f"{place}: has no user turn (roles: {_list(roles)})")
-    if roles[-1] != "assistant":
-        raise errors.UserError(f"{place}: the last turn is the {roles[-1]}'s, not the assistant's")
-    return turns
-
-
-def _turn(turn: Any, place: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise errors.UserError(
-            f"{place} is {readers.kind(turn)}, not {{'role': ..., 'content': ...}}"
-        )
-    unread = [name for name in _UNREAD if turn.get(name) is not None]
-    if unread:
-        raise errors.UserError(
-            f"{place} has {unread[0]!r}, which is not supported; take the row out"
-        )
-    role, content = turn.get("role"), turn.get("content")
-    if "role" not in turn and "from" in turn:
-        role, content = _SHAREGPT.get(str(turn["from"]), turn["from"]), turn.get("value")
-    if role not in ROLES:
-        raise errors.UserError(f"{place} has role {role!r}; known are {', '.join(ROLES)}")
-    content = _text(content, "content", place)
-    if role != "system":
-        _check_filled(content, f"{role}'s content", place)
-    return {"role": role, "content": content}
-
-
-def _text(value: Any, what: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise errors.UserError(f"{place}: the {what} is {readers.kind(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise errors.UserError(
-            f"{place}: the {what} holds half of a surrogate pair at character {error.start}"
-        ) from None
-    return value
-
-
-def _check_filled(text: str, what: str, place: str) -> None:
-    if not text.strip():
-        raise errors.UserError(f"{place}: the {what} is empty; fill it or take the row out")

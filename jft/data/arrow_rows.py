@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of Parquet and Arrow data, a batch at a time.
+
+A struct's field that is null and one that is absent are the same in Arrow: inside a column's values such fields are
+left out. Columns of types that have no one spelling as text (dates, decimals, bytes) are `records.Unread`, so that
+they are told of where they are used and nowhere else.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jft.data import examples, files, records
+
+Rows = Iterator[records.Record | examples.Fault]
+
+BATCH = 1000  # rows
+
+
+def read_parquet(path: str, file: io.BufferedReader) -> Rows:
+    """A Parquet file, as it is: read_table would take column values from folder names such as "split=train"."""
+    import pyarrow.parquet
+
+    def batches() -> Iterable[Any]:
+        opened = pyarrow.parquet.ParquetFile(_seekable(path, file))
+        return opened.iter_batches(batch_size=BATCH)
+
+    yield from _read(path, "Parquet", batches)
+
+
+def read_arrow(path: str, file: io.BufferedReader) -> Rows:
+    """An Arrow IPC file, or a stream such as datasets writes."""
+    import pyarrow.ipc
+
+    def batches() -> Iterable[Any]:
+        is_file = file.peek(6)[:6] == b"ARROW1"
+        source = _seekable(path, file)
+        if not is_file:
+            return pyarrow.ipc.open_stream(source)
+        opened = pyarrow.ipc.open_file(source)
+        return (opened.get_batch(i) for i in range(opened.num_record_batches))
+
+    yield from _read(path, "Arrow", batches)
+
+
+def rows_of(path: str, batches: Iterable[Any], first: int = 1) -> Iterator[records.Record]:
+    """The rows of record batches or tables, numbered from `first`.
+
+    Raises:
+        ValueError: two columns have one name.
+    """
+    number = first
+    for batch in batches:
+        names = list(batch.schema.names)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"column {twice!r} stands twice; rename one")
+        for start in range(0, batch.num_rows, BATCH):
+            part = batch.slice(start, BATCH)
+            columns = [_values(part.column(i)) for i in range(len(names))]
+            for values in zip(*columns, strict=True):
+                yield records.Record(path, number, dict(zip(names, values, strict=True)))
+                number += 1
+
+
+def _read(path: str, what: str, batches: Any) -> Rows:
+    import pyarrow
+
+    number = 0
+    try:
+        for row in rows_of(path, batches()):
+            number = row.number
+            yield row
+    except (pyarrow.ArrowException, *files.DAMAGE, ValueError) as error:
+        told = f"not {what} data as it should be: {records.one_line(error)}"
+        yield records.rest(path, number + 1, told, "write the file again")
+
+
+def _seekable(path: str, file: io.BufferedReader) -> Any:
+    import pyarrow
+
+    if isinstance(file.raw, io.FileIO):
+        return pyarrow.memory_map(path)
+    return pyarrow.BufferReader(file.read())
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as Python values."""
+    import pyarrow
+
+    types = pyarrow.types
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if types.is_temporal(kind) or types.is_decimal(kind) or _is_binary(kind):
+        name = "a decimal number" if types.is_decimal(kind) else "a date or time"
+        mark = records.Unread(f"{'bytes' if _is_binary(kind) else name} ({kind})")
+        return [mark if held else None for held in column.is_valid().to_pylist()]
+    try:
+        values = column.to_pylist()
+    except (ValueError, ImportError, pyarrow.ArrowException):  # text that is not UTF-8, times in ns
+        values = [_value(scalar) for scalar in column]
+    return [_filled(value) for value in values] if types.is_nested(kind) else values
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow
+
+    types = pyarrow.types
+    return any(
+        test(kind) for test in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    )
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return records.Unread(f"not UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, ImportError) as error:
+        return records.Unread(f"of type {scalar.type} ({records.one_line(error)})")
+
+
+def _filled(value: Any) -> Any:
+    """A nested value without the null fields of its structs."""
+    if isinstance(value, dict):
+        return {key: _filled(held) for key, held in value.items() if held is not None}
+    if isinstance(value, list):
+        return [_filled(held) for held in value]
+    return value
