@@ -76,11 +76,11 @@ def run(asked: Asked) -> Outcome:
         reader.read(table)
     for source in asked.valid:
         reader.read_valid(formats.Table(source, asked.reading))
-    shapes = dict.fromkeys(table.shape.describe() for table in tables)
+    shapes = dict.fromkeys(table.shape.describe() for table in tables if table.shape)
     files = dict.fromkeys(str(file) for table in tables for file in table.files)
     unused = dict.fromkeys(name for table in tables for name in table.extra)
     return Outcome(
-        reader.report("; ".join(shapes)),
+        reader.report("; ".join(shapes) or "nothing that can be used"),
         tuple(files),
         tuple(unused),
         tuple(reader.shown),

@@ -4,46 +4,13 @@
 import importlib
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jft import errors
-from jft.data import chat, examples, findings, formats, readers, rows
-
-
-class Reading:
-    def __init__(
-        self, columns: Mapping[str, str] | None = None, header: bool = True, separator: str = ""
-    ) -> None:
-        self.columns, self.header, self.separator = dict(columns or {}), header, separator
-
-
-class Shape(formats.Shape):
-    def describe(self) -> str:
-        return f"{self.kind} ({' → '.join(self.required)})"
-
-
-class Table:
-    def __init__(self, source: str, reading: Reading) -> None:
-        self._source, self._reading = source, reading
-        self.files, self.extra = (source,), ()
-        self.shape = Shape("prompt/response", "", "")
-
-    def __iter__(self) -> Iterator[examples.Example | examples.Fault]:
-        shape = None
-        for number, row in readers.read_rows(self._source):
-            place = f"{self._source}:row {number}"
-            if shape is None:
-                found = formats.recognise(tuple(row), self._reading.columns, place)
-                shape = self.shape = Shape(**vars(found))
-                self.extra = tuple(name for name in row if name not in shape.used)
-            try:
-                messages = formats._conversation(row, shape, place)  # noqa: SLF001
-            except errors.UserError as error:
-                kind = "empty" if "is empty" in str(error) else "malformed"
-                yield examples.Fault(kind, str(error), self._source, number)
-            else:
-                yield examples.Example(tuple(messages), place, self._source, number)
+from jft.data import chat, examples, findings, rows
 
 
 class Examination:
@@ -83,10 +50,13 @@ class Encoder:
         return [self._one(example) for example in batch]
 
     def _one(self, example: examples.Example) -> list[rows.Row] | examples.Fault:
+        if example.text:
+            ids = np.array(self._tokenizer(example.text)["input_ids"], np.int32)
+            return [rows.Row(ids, np.ones(len(ids), bool), example.source)]
         try:
             made = chat.encode(
                 self._tokenizer,
-                formats.Example(example.messages, example.source),
+                example,
                 system=self._system,
             )
         except errors.UserError as error:
@@ -108,5 +78,3 @@ def install() -> None:
             vars(module).update(contents)
             sys.modules[f"jft.data.{name}"] = module
             setattr(sys.modules["jft.data"], name, module)
-    if not hasattr(formats, "Reading"):
-        vars(formats).update(Reading=Reading, Table=Table)

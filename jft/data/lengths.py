@@ -7,7 +7,7 @@ import numpy as np
 
 from jft.data import examples
 
-MOST_BINS = 12
+_FEW_BINS = 12  # halves of octaves are for fewer
 _TAIL = 0.005  # of the values at either end have no bins of their own
 
 
@@ -38,7 +38,7 @@ class Lengths:
         return {"min": low, "median": middle, "p95": high, "max": top, "total": total}
 
     def bins(self, limit: int = 0) -> list[dict[str, int]]:
-        """How many values lie from where to where, in at most about `MOST_BINS` bins.
+        """How many values lie from where to where, in a dozen bins or so.
 
         Bins are octaves (4 to 7, 8 to 15) or, where those would be few, halves of them. What hardly holds anything at
         either end is part of the next bin. A bin ends at `limit`, if that is given.
@@ -62,7 +62,7 @@ def _edges(low: int, high: int) -> list[int]:
     """Where bins begin between two values."""
     octaves = [2**power for power in range(64) if low < 2**power <= high]
     halves = [3 * 2**power for power in range(64) if low < 3 * 2**power <= high]
-    return octaves if len(octaves) + len(halves) >= MOST_BINS else sorted(octaves + halves)
+    return octaves if len(octaves) + len(halves) > _FEW_BINS else sorted(octaves + halves)
 
 
 def of_text(example: examples.Example) -> dict[str, int]:

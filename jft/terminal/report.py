@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A check's report for a person: what was read, how long rows are, what was found and what to do about it."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,10 @@ def _print_title(
 ) -> None:
     from rich import text
 
-    names = ", ".join(map(visible.escape, files[:3]))
-    names += f" and {len(files) - 3} more files" if len(files) > 3 else ""
+    folder, short = _short(files)
+    names = ", ".join(short[:4])
+    names += f" and {len(files) - 4} more" if len(files) > 4 else ""
+    names = f"{folder} ({len(files)} files: {names})" if folder else names
     console.print(
         text.Text.assemble(
             (names, "bold"),
@@ -84,6 +87,15 @@ def _print_title(
         columns += f" and {len(unused) - 8} more" if len(unused) > 8 else ""
         console.print(text.Text(f"columns that nothing reads: {columns}", "dim"), highlight=False)
     console.print()
+
+
+def _short(files: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder that several files share, and their names without it; made visible."""
+    names = [visible.escape(file) for file in files]
+    parents = {pathlib.PurePath(name).parent for name in names}
+    if len(files) == 1 or len(parents) > 1 or parents == {pathlib.PurePath(".")}:
+        return "", names
+    return str(parents.pop()), [pathlib.PurePath(name).name for name in names]
 
 
 def _print_lengths(console: "rich_console.Console", statistics: Mapping[str, Any]) -> None:
@@ -158,20 +170,20 @@ def _print_findings(
             room = console.width - width - 4
             grid.add_row(
                 text.Text(f"{_SIGNS[severity]} {finding.kind}", style),
-                _told(finding, len(files) > 1, quotes, room),
+                _told(finding, files, quotes, room),
             )
         console.print(grid, highlight=False)
         console.print()
 
 
 def _told(
-    finding: findings.Finding, several: bool, quotes: Mapping[Place, str], width: int
+    finding: findings.Finding, files: Sequence[str], quotes: Mapping[Place, str], width: int
 ) -> "rich_text.Text":
     from rich import text
 
     told = text.Text(visible.escape(finding.message))
     if finding.places:
-        rows = rows_line(finding.places, several=several)
+        rows = rows_line(finding.places, files)
         quote = quotes.get(finding.places[0], "")
         alone = len(finding.places) == 1
         label = f"{rows}: " if alone else f"row {finding.places[0][1]}: "
@@ -183,17 +195,22 @@ def _told(
     return told.append(f"\n→ {visible.escape(finding.advice)}")
 
 
-def rows_line(places: Sequence[Place], *, several: bool) -> str:
+def rows_line(places: Sequence[Place], files: Sequence[str]) -> str:
     """The first rows' numbers and how many more there are; with their files where there are several."""
-    by_file: dict[str, list[str]] = {}
-    for path, number in places[:SHOWN_ROWS]:
-        by_file.setdefault(path, []).append(str(number))
+    shown = places[:SHOWN_ROWS]
     more = f" and {len(places) - SHOWN_ROWS:,} more" if len(places) > SHOWN_ROWS else ""
-    if several or len(by_file) > 1:
-        parts = [f"{visible.escape(path)}: {', '.join(rows)}" for path, rows in by_file.items()]
-        return f"rows of {'; '.join(parts)}{more}"
-    noun = "row" if len(places) == 1 else "rows"
-    return f"{noun} {', '.join(next(iter(by_file.values())))}{more}"
+    if len(files) == 1 and {path for path, _ in shown} == {*files}:
+        noun = "row" if len(places) == 1 else "rows"
+        return f"{noun} {', '.join(str(number) for _, number in shown)}{more}"
+    short = dict(zip(files, _short(files)[1], strict=True))
+    by_file: dict[str, list[str]] = {}
+    for path, number in shown:
+        by_file.setdefault(short.get(path, visible.escape(path)), []).append(str(number))
+    parts = [
+        f"{path} {'row' if len(rows) == 1 else 'rows'} {', '.join(rows)}"
+        for path, rows in by_file.items()
+    ]
+    return f"{'; '.join(parts)}{more}"
 
 
 def print_fixed(console: "rich_console.Console", fixed: Mapping[str, Any]) -> None:

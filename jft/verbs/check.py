@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jft check`."""
 
+import io
+import re
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -47,7 +49,7 @@ _OF_TOKENS = ("max_length", "overlength", "train_on", "system", "chat_template",
 
 
 def run(arguments: list[str]) -> int:
-    parser = _parser()
+    parser, said = _parser(), str
     if any(word.split("=")[0].startswith("--config") for word in arguments):
         config, _, rest = parsing.read_config(arguments)
         flags = vars(parser.parse_args(rest))
@@ -55,10 +57,14 @@ def run(arguments: list[str]) -> int:
     else:
         flags = vars(parser.parse_args(arguments))
         asked = _from_flags(parser, flags)
+        said = _as_flags
     from jft import check
     from jft.terminal import objects
 
-    outcome = check.run(asked)
+    try:
+        outcome = check.run(asked)
+    except errors.UserError as error:
+        raise errors.UserError(said(str(error))) from error
     fixed = _fix(asked, outcome, flags["fix"]) if flags["fix"] else None
     if flags["json"]:
         described = objects.report(
@@ -150,6 +156,11 @@ def _from_config(parser: parsing.Parser, config: Any, flags: Mapping[str, Any]) 
     )
 
 
+def _as_flags(text: str) -> str:
+    """A message of the library, which speaks of the configuration's keys, with this verb's flags instead."""
+    return re.sub(r"\bdata\.(?=columns\.|" + "|".join(_OF_ASKED) + "|separator|header)", "--", text)
+
+
 def _flag(name: str) -> str:
     return "FILE" if name == "files" else f"--{name}"
 
@@ -213,7 +224,7 @@ def _print(asked: "check.Asked", outcome: "check.Outcome", fixed: Mapping[str, A
     from jft.terminal import pieces, report, showing
 
     # An output that can't have a character gets a question mark for it.
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     console = rich_console.Console(file=sys.stdout)
     if outcome.shown:
