@@ -101,9 +101,7 @@ class _Reader:
         self._encoded, self._answers = None, None
         if self.tokenizer is not None:
             self._encoded = encoded.Encoded(
-                encoding.Encoder(
-                    self.tokenizer, train_on=asked.train_on, system=asked.system or None
-                ),
+                encoding.Encoder(self.tokenizer, train_on=asked.train_on, system=asked.system),
                 self.tokenizer,
                 encoded.Limits(
                     asked.max_length,

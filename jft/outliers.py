@@ -141,7 +141,8 @@ def frame(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     before = _shared(prompts)
     after = _shared([prompt[::-1] for prompt in prompts])[::-1]
     # Prompts that are all the same begin and end with all of themselves.
-    room = max(0, min(len(prompt) for prompt in prompts) - len(before))
+    short = int(np.quantile([len(prompt) for prompt in prompts], 1 - _AGREE))
+    room = max(0, short - len(before))
     return before, after[len(after) - min(len(after), room) :]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jft import errors
+from jft import config, errors
 from jft.data import chat, examples, findings, rows
 
 
@@ -41,10 +41,8 @@ class Examination:
 
 
 class Encoder:
-    def __init__(
-        self, tokenizer: Any, *, train_on: str = "assistant", system: str | None = None
-    ) -> None:
-        self._tokenizer, self._system = tokenizer, system
+    def __init__(self, tokenizer: Any, *, train_on: str = "assistant", system: str = "") -> None:
+        self._tokenizer, self._system = tokenizer, system or None
 
     def encode(self, batch: Sequence[examples.Example]) -> list[list[rows.Row] | examples.Fault]:
         return [self._one(example) for example in batch]
@@ -64,7 +62,20 @@ class Encoder:
         return [rows.Row(made.tokens, made.trained, made.source)]
 
 
+def base() -> Any:
+    """The configuration with the keys that it is to have."""
+    c = _base().unlock()
+    for name, value in (("train_on", "assistant"), ("header", True), ("separator", "")):
+        c.data[name] = value
+    return c.lock()
+
+
+_base = config.base
+
+
 def install() -> None:
+    if "train_on" not in config.base().data:
+        config.base = base
     fakes = {
         "checks": {"Examination": Examination},
         "encoding": {"Encoder": Encoder},

@@ -96,7 +96,7 @@ def _parser() -> parsing.Parser:
     parser.add_argument("--revision", help="of a Hub name: branch, tag or commit")
     parser.add_argument("--max_length", type=int, metavar="N", help="positions that a row may take")
     parser.add_argument("--overlength", help="of longer rows: error, drop, truncate_prompt, split")
-    parser.add_argument("--train_on", help="last, assistant (default), everything or marked")
+    parser.add_argument("--train_on", help="assistant (default), last, weight or everything")
     parser.add_argument("--system", help="a system message for conversations that have none")
     parser.add_argument("--chat_template", metavar="FILE", help="in place of the tokenizer's")
     parser.add_argument("--outliers", type=int, metavar="N", help="answers to score; 500; 0 = none")
@@ -137,11 +137,8 @@ def _from_config(parser: parsing.Parser, config: Any, flags: Mapping[str, Any]) 
     data = config.data
     if not data.train:
         raise errors.UserError("data.train is not set: --config.data.train=FILE")
-    given = {
-        name: data[name]
-        for name in ("max_length", "overlength", "train_on", "system", "chat_template")
-        if name in data
-    }
+    own = ("max_length", "overlength", "train_on", "system", "chat_template")
+    given = {name: data[name] for name in own}
     of = "model" if flags["outliers"] else "tokenizer"
     held_out = dict.fromkeys(_sources(data.valid) + _sources(data.test))
     return _asked(
@@ -150,9 +147,7 @@ def _from_config(parser: parsing.Parser, config: Any, flags: Mapping[str, Any]) 
         given | {of: config.model.path, "revision": config.model.revision},
         files=_sources(data.train),
         valid=tuple(held_out),
-        reading=_reading(
-            dict(data.columns), str(data.get("header", "")), data.get("separator", "")
-        ),
+        reading=_reading(dict(data.columns), str(data.header), data.separator),
     )
 
 
