@@ -12,7 +12,7 @@ from typing import Any
 import tqdm
 
 from jft import errors, generate
-from jft.data import chat, examples, readers
+from jft.data import encoding, examples, readers
 
 RESPONSE = "response"
 ROLES = ("system", "user", "assistant")
@@ -158,7 +158,7 @@ def _tokens(
         tokens = plain_tokens(tokenizer, row.messages[0]["content"])
     else:
         try:
-            tokens = chat.prompt_tokens(tokenizer, row.messages, system=system)
+            tokens = encoding.prompt_tokens(tokenizer, row.messages, system=system)
         except errors.UserError as error:
             raise errors.UserError(f"{row.place}: {error}") from error
     if len(tokens) + sampling.max_new_tokens > limit:

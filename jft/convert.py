@@ -17,7 +17,7 @@ import numpy as np
 
 import jft
 from jft import errors, lora, runs, sources, tree
-from jft.data import chat, load
+from jft.data import encoding, load
 from jft.lora import peft
 from jft.models import architecture, export, families, names, shards
 
@@ -207,7 +207,7 @@ def _write_folder(target: Target, base: sources.Base, record: Mapping[str, Any])
 def _stop(base: sources.Base) -> set[int]:
     """The ids that end an answer; of a template that can't be used in training, only the tokenizer's own."""
     try:
-        return chat.stop_tokens(base.tokenizer)
+        return encoding.stop_tokens(base.tokenizer)
     except errors.UserError as error:
         _note(f"{base.name}: generation_config.json has the tokenizer's end token alone: {error}")
         return set()

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jft import errors, lora, models
-from jft.data import chat
+from jft.data import encoding, tokenising
 from jft.models import architecture, decoder, decoding
 
 # Lengths are rounded up to these, so that a chat that grows does not compile anew at every turn.
@@ -74,7 +74,7 @@ class Generator:
     def __init__(self, model: models.Model, adapters: lora.Adapters | None = None):
         self.model = model
         self.adapters = dict(adapters or {})
-        self.stop = frozenset(chat.stop_tokens(model.tokenizer))
+        self.stop = frozenset(encoding.stop_tokens(model.tokenizer))
         read = lora.transform(functools.partial(_read, model.config))
         self._prefill = jax.jit(functools.partial(_prefill, read), static_argnames="sampling")
         following = lora.transform(functools.partial(_following, model.config))
@@ -151,7 +151,7 @@ class Generator:
             raise errors.UserError("an empty prompt: nothing to continue")
         for i, prompt in enumerate(prompts, 1):
             own = self.model
-            chat.check_ids(prompt, own.config.vocab_size, own.tokenizer, f"prompt {i}")
+            tokenising.check_ids(prompt, own.config.vocab_size, own.tokenizer, f"prompt {i}")
         if longest + sampling.max_new_tokens > limit:
             raise errors.UserError(
                 f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed"

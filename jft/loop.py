@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from ml_collections import config_dict
 
 from jft import checkpoint, errors, lora, matmul, models, optim, runs, step, summary, tree
 from jft import config as configuration
-from jft.data import batches, chat, load
+from jft.data import batches, load
+from jft.data import rows as rows_of
 from jft.models import architecture, decoder
 
 # Tokens in one forward pass on a CPU: more costs memory and brings no speed. SmolLM2-135M on 2 cores with 256, 512 and
@@ -48,7 +49,7 @@ class Job:
     optimizer: Any
     micro_batch: int
 
-    def mean_loss(self, rows: Sequence[chat.Row], trainable: Any) -> float:
+    def mean_loss(self, rows: rows_of.Rows, trainable: Any) -> float:
         """Nats per trained token over all rows, each exactly once."""
         parts = batches.evaluation(
             rows,
@@ -115,6 +116,7 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         batch_size=c.batch_size,
         length=source.max_length,
         seed=c.seed,
+        weights=source.times,
         packing=source.packing,
     )
     steps = c.steps or packed.total_steps(c.epochs)
@@ -335,7 +337,7 @@ def loop(
     def validate(number: int) -> None:
         nonlocal best, last
         settle()
-        if not job.data.valid:
+        if not len(job.data.valid):
             return
         value = job.mean_loss(job.data.valid, state.trainable)
         metrics.write(step=number, valid_loss=value)

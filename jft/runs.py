@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from jft import errors, lora, models
-from jft.data import chat, load
+from jft.data import encoding, load, tokenised
 from jft.lora import peft
 from jft.models import export
 
@@ -106,7 +106,7 @@ def save_result(
             revision=sidecar.revision or None,
         )
     else:
-        stop = chat.stop_tokens(model.tokenizer)
+        stop = encoding.stop_tokens(model.tokenizer)
         record = dataclasses.asdict(sidecar)
         export.save(
             folder, model.config, trainable, model.tokenizer, stop=stop, record=record, force=True
@@ -116,11 +116,8 @@ def save_result(
 
 def tokenizer_hashes(tokenizer: Any) -> tuple[str, str]:
     """sha256 of the chat template and of the tokenizer itself."""
-    serialised = tokenizer.backend_tokenizer.to_str()
-    return tuple(
-        hashlib.sha256((text or "").encode()).hexdigest()[:32]
-        for text in (tokenizer.chat_template, serialised)
-    )
+    template = hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:32]
+    return template, tokenised.tokenizer_hash(tokenizer)
 
 
 def open_result(

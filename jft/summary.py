@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from jft import generate, lora, models, runs, tree
-from jft.data import chat, formats
+from jft.data import encoding, examples
 from jft.evals import scores
 
 ANSWERS_AT_A_TIME = 24
@@ -47,7 +47,7 @@ def make(job: Any, state: Any, best: dict[str, Any], seconds: float) -> dict[str
         tuned, adapters, _ = runs.open_result(folder)
         before, after = base.params, tuned.params
     # What is scored was read back from its files: it is what the user gets.
-    if job.data.test_rows:
+    if len(job.data.test_rows):
         result["base"] = {"loss": job.mean_loss(job.data.test_rows, before)}
         result["tuned"] = {"loss": job.mean_loss(job.data.test_rows, after)}
     samples = _answers(job, base, tuned, adapters)
@@ -75,11 +75,11 @@ def _answers(
 ) -> list[dict[str, Any]]:
     """Greedy answers of both to the test prompts."""
     c = job.config
-    examples = job.data.test[: c.validate.samples]
-    if not examples:
+    asked = job.data.test[: c.validate.samples]
+    if not asked:
         return []
     sampling = generate.Sampling(max_new_tokens=c.validate.max_new_tokens)
-    print(f"answering {len(examples)} held-out prompts, base and tuned", file=sys.stderr)
+    print(f"answering {len(asked)} held-out prompts, base and tuned", file=sys.stderr)
     tuned_generator = generate.Generator(tuned, adapters)
     if adapters:  # they need no other compiled program
         neutral = lora.neutral(adapters, base.params)
@@ -87,30 +87,31 @@ def _answers(
     else:
         base_generator = generate.Generator(base)
     texts = {
-        which: answer(generator, examples, c.data.system, sampling)
+        which: answer(generator, asked, c.data.system, sampling)
         for which, generator in (("base", base_generator), ("tuned", tuned_generator))
     }
     return [
         {
             "prompt": e.messages[-2]["content"] if len(e.messages) > 1 else "",
-            "reference": e.messages[-1]["content"],
+            "reference": e.messages[-1]["content"] or json.dumps(e.messages[-1].get("tool_calls")),
             "base": base_text,
             "tuned": tuned_text,
         }
-        for e, base_text, tuned_text in zip(examples, texts["base"], texts["tuned"], strict=True)
+        for e, base_text, tuned_text in zip(asked, texts["base"], texts["tuned"], strict=True)
     ]
 
 
 def answer(
     generator: generate.Generator,
-    examples: list[formats.Example],
+    asked: Sequence[examples.Example],
     system: str,
     sampling: generate.Sampling,
 ) -> list[str]:
     """The generator's answers to the examples' last prompts, in their order."""
     tokenizer = generator.model.tokenizer
     prompts = [
-        chat.prompt_tokens(tokenizer, e.messages[:-1], system=system or None) for e in examples
+        encoding.prompt_tokens(tokenizer, e.messages[:-1], system=system or None, tools=e.tools)
+        for e in asked
     ]
     texts: list[str] = []
     width = max(map(len, prompts))

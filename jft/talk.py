@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jft import answers, errors, generate, lora, models, runs, sources
-from jft.data import chat, load
+from jft.data import encoding, load
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def _asked(generator: generate.Generator, prompt: str, system: str | None, raw: 
     if raw:
         return answers.plain_tokens(generator.model.tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}]
-    return chat.prompt_tokens(generator.model.tokenizer, messages, system=system)
+    return encoding.prompt_tokens(generator.model.tokenizer, messages, system=system)
 
 
 def _pieces(
@@ -175,6 +175,6 @@ def _converse(
             _note("new conversation")
             continue
         messages.append({"role": "user", "content": said})
-        asked = chat.prompt_tokens(generator.model.tokenizer, messages, system=system)
+        asked = encoding.prompt_tokens(generator.model.tokenizer, messages, system=system)
         answer = "".join(_pieces(generator, asked, sampling))
         messages.append({"role": "assistant", "content": answer})

@@ -59,6 +59,8 @@ def _read(path: str, file: io.BufferedReader, separator: str, quoting: int, head
 
 def _check_names(fields: Sequence[str], separator: str, header: bool) -> str:
     """What is wrong with the first line, with what to do; empty if nothing is."""
+    if not header:
+        return ""
     if len(fields) == 1:
         other = next((mark for mark in "\t;,|" if mark != separator and mark in fields[0]), None)
         if other == "\t":
@@ -68,8 +70,6 @@ def _check_names(fields: Sequence[str], separator: str, header: bool) -> str:
                 f"the first line is one column that holds {other!r}; "
                 f"save it with {'commas' if separator == ',' else 'tabs'} between the columns"
             )
-    if not header:
-        return ""
     if problem := _not_utf8(fields):
         return f"the header is {problem}"
     twice = sorted({name for name in fields if fields.count(name) > 1})
@@ -84,7 +84,7 @@ def _check(
     """What is wrong with a row, with what to do; empty if nothing is."""
     if len(fields) != len(names):
         return (
-            f"has {len(fields)} fields, the {'header' if header else 'first row'} has {len(names)} "
+            f"has {len(fields)} field{'s' * (len(fields) > 1)}, the {'header' if header else 'first row'} has {len(names)} "
             f"(line {line}); "
             + (
                 "quote a field that holds a comma or a line end"

@@ -13,7 +13,8 @@ class Example:
     """One row as understood.
 
     A conversation has `messages`; a plain text has `text` and no messages. A preference pair's `messages` end with the
-    chosen answer, and `rejected` holds the turns that stand in its place; an unpaired preference has a `label`.
+    chosen answer, of which `shared` turns are before it, and `rejected` holds the turns that stand in its place; an
+    unpaired preference has a `label`.
     """
 
     messages: tuple[Turn, ...]
@@ -23,6 +24,7 @@ class Example:
     text: str = ""
     tools: tuple[dict[str, Any], ...] = ()  # the functions on offer, as JSON schemas in OpenAI's form
     rejected: tuple[Turn, ...] = ()
+    shared: int = 0
     label: bool | None = None
 
 
@@ -30,7 +32,7 @@ class Example:
 class Fault:
     """One row that can't be used, and why; `message` begins with its place and says what to do."""
 
-    kind: str  # "malformed" or "empty"
+    kind: str  # "malformed", "empty" or "template"
     message: str
     path: str
     number: int

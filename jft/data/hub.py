@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from jft import errors
 from jft.data import arrow_rows, examples, files, records
 
-_NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?(?::[\w.\-\[\]%+]+)?")
+_NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?(?::[\w.-]+)?")
 
 
 def is_name(source: str) -> bool:

@@ -51,3 +51,20 @@ class InMemory:
 
     def __getitem__(self, index: int) -> Row:
         return self._rows[index]
+
+
+class Joined:
+    """Rows of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in parts)])
+        self.trained = np.concatenate([np.zeros(0, np.int32), *(part.trained for part in parts)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Row:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]

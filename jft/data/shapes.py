@@ -6,6 +6,7 @@ Where two columns could both be meant, it is an error that lists them with the s
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,15 @@ class Shape:
         """The columns that every row has; others may be absent."""
         absent = ("context", "system", "tools")
         return {role: name for role, name in self.columns.items() if role not in absent}
+
+    @functools.cached_property
+    def told(self) -> dict[str, str]:
+        """By role, what messages to the user call its value."""
+        names = {"chosen": "the chosen answer", "rejected": "the rejected answer"}
+        return {
+            role: f"{names.get(role, f'the {role}')} (column {name!r})"
+            for role, name in self.columns.items()
+        }
 
     def describe(self) -> str:
         """In words, as told to the user: "prompt/response: prompt = 'question', response = 'answer'"."""
@@ -307,7 +317,7 @@ def _find(role: str, name: str, names: Sequence[str]) -> str:
     """A column by its name, or by its place where none has that name."""
     if name in names:
         return name
-    if name.isdecimal() and int(name) < len(names):
+    if name.isascii() and name.isdecimal() and len(name) < 9 and int(name) < len(names):
         return names[int(name)]
     raise errors.UserError(f"data.columns.{role}={name} is no column{_near(name, names)}")
 

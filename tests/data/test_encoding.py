@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jft import errors
-from jft.data import chat, formats
+from jft.data import encoding, examples, formats, rows
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
@@ -80,15 +80,20 @@ def make_tokenizer(template: str | None) -> Any:
     return wrap(backend, template, bos_token="<bos>", eos_token="<eos>")
 
 
-def talk(*contents: str, system: str = "") -> formats.Example:
+def encode(tokenizer: Any, example: examples.Example, **settings: str) -> rows.Row:
+    """The last row of an example: of all but unstable templates the only one."""
+    return encoding.Encoder(tokenizer, **settings).one(example)[-1]
+
+
+def talk(*contents: str, system: str = "") -> examples.Example:
     """Turns that alternate between user and assistant."""
     turns = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     turns += [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
-    return formats.Example(tuple(turns), "f:row 1")
+    return examples.Example(tuple(turns), "f:row 1")
 
 
-def trained_text(tokenizer: Any, row: chat.Row) -> str:
+def trained_text(tokenizer: Any, row: rows.Row) -> str:
     return tokenizer.decode(row.tokens[row.trained])
 
 
@@ -102,10 +107,10 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("example", CONVERSATIONS)
-def test_inference_ids_are_the_training_prefix(name: str, example: formats.Example) -> None:
+def test_inference_ids_are_the_training_prefix(name: str, example: examples.Example) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name])
-    row = chat.encode(tokenizer, example)
-    prompt = chat.prompt_tokens(tokenizer, example.messages[:-1])
+    row = encode(tokenizer, example)
+    prompt = encoding.prompt_tokens(tokenizer, example.messages[:-1])
     assert row.tokens[: len(prompt)].tolist() == prompt
     assert row.trained[len(prompt) :].all()
     if len(example.messages) < 4:
@@ -114,14 +119,14 @@ def test_inference_ids_are_the_training_prefix(name: str, example: formats.Examp
     think = "<think>\n\n</think>\n\n" if name == "qwen" else ""
     expected = think + example.messages[-1]["content"] + STOPS[name]
     assert tokenizer.decode(row.tokens[len(prompt) :]) == expected
-    assert int(row.tokens[-1]) in chat.stop_tokens(tokenizer)
+    assert int(row.tokens[-1]) in encoding.stop_tokens(tokenizer)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("example", CONVERSATIONS[:3])
 def test_without_control_text_ids_are_the_ordinary_ones(name: str, example: Any) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name])
-    row = chat.encode(tokenizer, example)
+    row = encode(tokenizer, example)
     ordinary = tokenizer.apply_chat_template(list(example.messages), return_dict=True)["input_ids"]
     assert row.tokens.tolist() == ordinary[: len(row.tokens)]
     assert not tokenizer.decode(ordinary[len(row.tokens) :]).strip()
@@ -132,9 +137,9 @@ def test_text_never_becomes_a_control_token(name: str) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name])
     special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
 
-    def control(example: formats.Example) -> list[int]:
+    def control(example: examples.Example) -> list[int]:
         return [
-            token for token in chat.encode(tokenizer, example).tokens.tolist() if token in special
+            token for token in encode(tokenizer, example).tokens.tolist() if token in special
         ]
 
     everything = "".join(SPECIAL)
@@ -142,37 +147,44 @@ def test_text_never_becomes_a_control_token(name: str) -> None:
     plain = talk("x", "y", system="z")
     assert control(talk(everything, nested, system=everything)) == control(plain)
     assert control(talk(nested, everything, system=nested)) == control(plain)
-    row = chat.encode(tokenizer, talk("q", everything + nested))
+    row = encode(tokenizer, talk("q", everything + nested))
     assert trained_text(tokenizer, row).endswith(everything + nested + STOPS[name])
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama", "gemma"])
 def test_every_assistant_turn_is_trained(name: str) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name])
-    row = chat.encode(tokenizer, talk("hello", "there", "again", "more", "the", "end"))
+    row = encode(tokenizer, talk("hello", "there", "again", "more", "the", "end"))
     assert trained_text(tokenizer, row) == STOPS[name].join(["there", "more", "end", ""])
-    assert row.untrained_turns == 0
 
 
-def test_unstable_template_trains_the_last_turn_only() -> None:
+def test_unstable_template_gives_each_answer_a_row_as_generation_would_begin_it() -> None:
     tokenizer = make_tokenizer(QWEN)
-    row = chat.encode(tokenizer, talk("hello", "there", "again", "more"))
-    assert trained_text(tokenizer, row) == "<think>\n\n</think>\n\nmore<|im_end|>"
-    assert row.untrained_turns == 1
+    example = talk("hello", "there", "again", "more")
+    encoder = encoding.Encoder(tokenizer)
+    found = encoder.one(example)
+    think = "<think>\n\n</think>\n\n"
+    texts = [trained_text(tokenizer, row) for row in found]
+    assert texts == [f"{think}there<|im_end|>", f"{think}more<|im_end|>"]
+    for row, before in zip(found, (1, 3), strict=True):
+        prompt = encoding.prompt_tokens(tokenizer, example.messages[:before])
+        assert row.tokens[: len(prompt)].tolist() == prompt
+        assert row.trained.tolist() == [i >= len(prompt) for i in range(len(row.tokens))]
+    assert (encoder.counts.turns, encoder.counts.expanded) == (2, 1)
 
 
 def test_response_that_merges_with_the_prompt() -> None:
     # "assistant\n" + "\n\nlist" tokenised as a whole has one token for the newlines.
     tokenizer = make_tokenizer(CHATML)
     example = talk("hello", "\n\nthere")
-    row = chat.encode(tokenizer, example)
-    prompt = chat.prompt_tokens(tokenizer, example.messages[:-1])
+    row = encode(tokenizer, example)
+    prompt = encoding.prompt_tokens(tokenizer, example.messages[:-1])
     ordinary = tokenizer.apply_chat_template(list(example.messages), return_dict=True)["input_ids"]
     assert ordinary[: len(prompt)] != prompt, "the example does not show the trap any more"
     assert row.tokens[: len(prompt)].tolist() == prompt
     assert trained_text(tokenizer, row) == "\n\nthere<|im_end|>"
     # And with control text right behind the merge.
-    row = chat.encode(tokenizer, talk("hello", "\n\n<|im_end|>"))
+    row = encode(tokenizer, talk("hello", "\n\n<|im_end|>"))
     assert trained_text(tokenizer, row) == "\n\n<|im_end|><|im_end|>"
     assert row.tokens.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
 
@@ -180,12 +192,12 @@ def test_response_that_merges_with_the_prompt() -> None:
 def test_system_argument_is_for_conversations_without_one() -> None:
     tokenizer = make_tokenizer(CHATML)
     plain, own = talk("hello", "there"), talk("hello", "there", system="own")
-    given = chat.encode(tokenizer, plain, system="given")
+    given = encode(tokenizer, plain, system="given")
     assert tokenizer.decode(given.tokens).startswith("<|im_start|>system\ngiven<|im_end|>")
-    prompt = chat.prompt_tokens(tokenizer, plain.messages[:-1], system="given")
+    prompt = encoding.prompt_tokens(tokenizer, plain.messages[:-1], system="given")
     assert given.tokens[: len(prompt)].tolist() == prompt
-    kept = chat.encode(tokenizer, own, system="given").tokens.tolist()
-    assert kept == chat.encode(tokenizer, own).tokens.tolist()
+    kept = encode(tokenizer, own, system="given").tokens.tolist()
+    assert kept == encode(tokenizer, own).tokens.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "chatml"])
@@ -200,7 +212,7 @@ def test_exactly_one_bos(name: str) -> None:
     )
     # The second response merges with the prompt, so it is tokenised apart from it.
     for response in ("there", "\n\nthere"):
-        row = chat.encode(tokenizer, talk("hello <bos>", response))
+        row = encode(tokenizer, talk("hello <bos>", response))
         assert row.tokens[0] == bos
         assert row.tokens.tolist().count(bos) == 1
 
@@ -208,12 +220,12 @@ def test_exactly_one_bos(name: str) -> None:
 def test_stop_tokens() -> None:
     tokenizer = make_tokenizer(CHATML)
     ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
-    assert chat.stop_tokens(tokenizer) == set(ids)
+    assert encoding.stop_tokens(tokenizer) == set(ids)
     tokenizer.chat_template = None
-    assert chat.stop_tokens(tokenizer) == {ids[1]}
+    assert encoding.stop_tokens(tokenizer) == {ids[1]}
     # Phi-3 writes its end token after the end of turn; a response stops at the first.
     tokenizer.chat_template = CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}"
-    assert trained_text(tokenizer, chat.encode(tokenizer, talk("q", "hello"))) == "hello<|im_end|>"
+    assert trained_text(tokenizer, encode(tokenizer, talk("q", "hello"))) == "hello<|im_end|>"
 
 
 NO_STOP = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -236,7 +248,7 @@ def test_templates_that_cannot_be_used(case: str) -> None:
     if case == "alternate":
         turns = (turns[0], *turns)
     with pytest.raises(errors.UserError, match=message) as caught:
-        chat.encode(make_tokenizer(template), formats.Example(turns, "f:row 1"))
+        encode(make_tokenizer(template), examples.Example(turns, "f:row 1"))
     assert "\n" not in str(caught.value)
 
 
@@ -248,7 +260,7 @@ def test_vocabulary_that_spells_a_control_token_is_caught() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|stop|>", normalized=True)])
     with pytest.raises(errors.UserError, match="f:row 1: the tokenizer makes a control token"):
-        chat.encode(tokenizer, talk("hello <|STOP|>", "there"))
+        encode(tokenizer, talk("hello <|STOP|>", "there"))
 
 
 def test_sentencepiece_adds_no_space_inside(shared: pathlib.Path) -> None:
@@ -263,8 +275,8 @@ def test_sentencepiece_adds_no_space_inside(shared: pathlib.Path) -> None:
     )
     for response in ("once upon", "a</s>b <s> c", "\nonce"):
         example = talk("tell </s> me", response)
-        row = chat.encode(tokenizer, example)
-        prompt = chat.prompt_tokens(tokenizer, example.messages[:-1])
+        row = encode(tokenizer, example)
+        prompt = encoding.prompt_tokens(tokenizer, example.messages[:-1])
         assert row.tokens[: len(prompt)].tolist() == prompt
         assert row.tokens.tolist().count(tokenizer.eos_token_id) == 1
         assert row.tokens.tolist().count(tokenizer.bos_token_id) == 1
@@ -312,7 +324,7 @@ def test_real_rows_have_their_ordinary_ids(smollm2: Any, shared: pathlib.Path) -
         "fastchat_sharegpt/dummy_conversation.json",
     ):
         for example in formats.read(str(shared / "data" / name))[::5]:
-            row = chat.encode(smollm2, example)
+            row = encode(smollm2, example)
             turns = list(example.messages)
             ordinary = smollm2.apply_chat_template(turns, return_dict=True)["input_ids"]
             assert row.tokens.tolist() == ordinary[:-1], example.source  # all but the last newline
