@@ -32,7 +32,9 @@ class Counts:
     """What became of assistant turns, for the report."""
 
     turns: int = 0
-    untrained_turns: int = 0  # greetings, which answer nothing, and what `train_on` and weights leave out
+    untrained_turns: int = (
+        0  # greetings, which answer nothing, and what `train_on` and weights leave out
+    )
     expanded: int = 0  # conversations that took several rows
 
 
@@ -85,7 +87,9 @@ class Encoder:
             _ = self._template  # its own faults are no row's
         texts = self._render(some, answers)
         wanted = [pair for pair in texts if not isinstance(pair, errors.UserError)]
-        ids = iter(self._tokens.encode([text for pair in wanted for text in pair]) if wanted else [])
+        ids = iter(
+            self._tokens.encode([text for pair in wanted for text in pair]) if wanted else []
+        )
         branches: dict[tuple[int, int], list[rows.Row]] = {}
         for answer, pair in zip(answers, texts, strict=True):
             example = some[answer.example]
@@ -130,7 +134,9 @@ class Encoder:
         if not at:
             return found
         end = [self.tokenizer.eos_token_id]
-        for i, ids in zip(at, plain_tokens(self.tokenizer, [some[i].text for i in at]), strict=True):
+        for i, ids in zip(
+            at, plain_tokens(self.tokenizer, [some[i].text for i in at]), strict=True
+        ):
             if isinstance(ids, errors.UserError):
                 found[i] = _fault(some[i], ids)
                 continue
@@ -186,7 +192,10 @@ class Encoder:
         prompts = self._template.render([one[:-1] for one in turns], tools, True)
         wholes = self._template.render(turns, tools, False)
         return [
-            (prompt, whole if whole.text.startswith(prompt.text) else self._behind(prompt, one, tools))
+            (
+                prompt,
+                whole if whole.text.startswith(prompt.text) else self._behind(prompt, one, tools),
+            )
             for one, prompt, whole in zip(turns, prompts, wholes, strict=True)
         ]
 
@@ -215,9 +224,7 @@ class Encoder:
         except errors.UserError as error:
             return error
 
-    def _row(
-        self, texts: _Texts, ids: tuple[list[int], list[int]], source: str
-    ) -> rows.Row:
+    def _row(self, texts: _Texts, ids: tuple[list[int], list[int]], source: str) -> rows.Row:
         """The ids up to the stop token, of which those behind the prompt are trained."""
         prompt, whole = ids
         start = len(prompt)

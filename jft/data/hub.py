@@ -32,6 +32,12 @@ def stream(source: str) -> Iterator[records.Record | examples.Fault]:
     return arrow_rows.rows_of(source, batches)
 
 
+def version(source: str) -> str:
+    """What changes when the set does: the files that the library keeps of it, whose names tell the commit."""
+    loaded = load(source)
+    return " ".join([source, str(len(loaded)), *(file["filename"] for file in loaded.cache_files)])
+
+
 @functools.lru_cache(maxsize=4)
 def load(source: str) -> Any:
     """The `datasets.Dataset` that a name stands for, kept for the next time that it is asked for."""

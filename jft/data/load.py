@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 
 from jft import errors
-from jft.data import encoding, examined, examples, fitting, formats, rows, split, store, template
-from jft.data import tokenising
+from jft.data import (
+    encoding,
+    examined,
+    examples,
+    fitting,
+    formats,
+    rows,
+    split,
+    store,
+    template,
+    tokenising,
+)
 from jft.data import tokenised as cache
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -102,7 +113,7 @@ def load(source: Source, tokenizer: Any, *, seed: int, vocab_size: int) -> Data:
 
     trains = [tokenise(name) for name in source.trains]
     valids = [tokenise(source.valid)] if source.valid else []
-    found = examined.examine(trains, valids, near=not source.valid and source.valid_fraction > 0)
+    found = examined.examine(trains, valids, grouped=not source.valid and source.valid_fraction > 0)
     found.check(source.allow)
     held = np.zeros(sum(one.meta["examples"] for one in trains), bool)
     if not valids:
@@ -197,12 +208,12 @@ def use_template(tokenizer: Any, chosen: str) -> None:
 
 def _check_kind(found: store.Stored, name: str) -> None:
     shape = found.meta["shape"]
-    if shape == "preference pairs":
+    if shape == "preference":
         raise errors.UserError(
             f"{name}: holds {found.meta['description']}, and this training is on one answer a row: "
             "data.columns.response=chosen (with data.columns.prompt) trains on the chosen ones"
         )
-    if shape == "unpaired preference":
+    if shape == "unpaired":
         raise errors.UserError(
             f"{name}: holds {found.meta['description']}, of which some are labelled bad: data.columns.messages=NAME "
             "(or .prompt and .response) trains on all of them; leave out the rows that should not be learnt"
@@ -211,9 +222,18 @@ def _check_kind(found: store.Stored, name: str) -> None:
 
 def _described(trains: Sequence[store.Stored], found: examined.Examined) -> dict[str, Any]:
     fingerprints = [one.meta["fingerprint"] for one in trains]
-    keys = ("files", "shape", "description", "unused_columns", "turns", "untrained_turns", "expanded")
+    keys = (
+        "shape",
+        "description",
+        "unused_columns",
+        "turns",
+        "untrained_turns",
+        "expanded",
+    )
     return {
-        "sources": [{key: one.meta[key] for key in keys} for one in trains],
-        "fingerprint": fingerprints[0] if len(trains) == 1 else f"sha256:{cache.hash_of(fingerprints)}",
+        "sources": [{"files": one.files} | {key: one.meta[key] for key in keys} for one in trains],
+        "fingerprint": fingerprints[0]
+        if len(trains) == 1
+        else f"sha256:{cache.hash_of(fingerprints)}",
         "findings": [dataclasses.asdict(finding) for finding in found.findings],
     }

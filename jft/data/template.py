@@ -90,7 +90,9 @@ class Template:
         if tools:
             marks = [_unused_character(conversations, tools)] * len(conversations)
             tools = _map_texts(tools, _breaker(self.control, marks[0]))
-        broken = [self._broken(turns, mark) for turns, mark in zip(conversations, marks, strict=True)]
+        broken = [
+            self._broken(turns, mark) for turns, mark in zip(conversations, marks, strict=True)
+        ]
         texts = render(self.tokenizer, broken, tools, generation)
         return [Rendered(text, mark) for text, mark in zip(texts, marks, strict=True)]
 
@@ -98,7 +100,6 @@ class Template:
         own = _breaker(self.control, mark)
         answers = _breaker(self.answers, mark)
         return [_map_texts(turn, answers if turn["role"] == "assistant" else own) for turn in turns]
-
 
 
 def broken(text: str, control: re.Pattern[str]) -> Rendered:
@@ -205,9 +206,9 @@ def added_tokens(tokenizer: Any) -> dict[str, int]:
 
 def special_tokens(tokenizer: Any) -> set[str]:
     """The texts of tokens that no message may spell, whatever the template."""
-    decoder = tokenizer.added_tokens_decoder
-    special = {str(token) for token in decoder.values() if token.special}
-    return special | {text for text in tokenizer.all_special_tokens if text in added_tokens(tokenizer)}
+    added = added_tokens(tokenizer)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | {text for text in tokenizer.all_special_tokens if text in added}
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import tqdm
 
 from jft import errors
-from jft.data import encoding, examples, formats, readers, store
+from jft.data import encoding, examples, formats, hub, readers, store
 from jft.models import resolve
 
 VERSION = 1  # of what is stored; another one when the same input gives other rows
@@ -52,7 +52,7 @@ def tokenised(
     folder = cache_folder() / hash_of(what)
     if not (folder / "meta.json").is_file():
         _make(folder, formats.Table(source, reading), encoder)
-    return store.Stored(folder)
+    return store.Stored(folder, readers.files(source))
 
 
 def cache_folder() -> pathlib.Path:
@@ -66,7 +66,7 @@ def hash_of(what: Any) -> str:
 def _make(folder: pathlib.Path, table: formats.Table, encoder: encoding.Encoder) -> None:
     encoder.counts = encoding.Counts()
     read, faults = 0, []
-    with store.Writer(folder) as writer, _progress(table) as bar:
+    with store.Writer(folder, table.files) as writer, _progress(table) as bar:
         items = iter(table)
         while some := list(itertools.islice(items, CHUNK)):
             read += len(some)
@@ -112,13 +112,12 @@ def _progress(table: formats.Table) -> Any:
 
 def fingerprint(source: str) -> str:
     """A hash of the contents of a source's files, in their order."""
-    digests = [_digest(pathlib.Path(file)) for file in readers.files(source)]
-    return hash_of(digests)
+    if hub.is_name(source):
+        return hash_of(hub.version(source))
+    return hash_of([_digest(pathlib.Path(file)) for file in readers.files(source)])
 
 
 def _digest(file: pathlib.Path) -> str:
-    if not file.is_file():  # a dataset of the Hub: its name says which version it is
-        return str(file)
     found = file.stat()
     known = [str(file.resolve()), found.st_size, found.st_mtime_ns]
     kept = cache_folder() / "digests" / hash_of(known)
