@@ -189,8 +189,11 @@ class Encoder:
     def _render_all(self, turns: Sequence[list[examples.Turn]], tools: Any) -> list[_Texts]:
         for one in turns:
             self._template.check_tools(one, tools)
-        prompts = self._template.render([one[:-1] for one in turns], tools, True)
-        wholes = self._template.render(turns, tools, False)
+        marks = [template.unused_character(one, tools) for one in turns]
+        if tools:
+            marks = [template.unused_character(turns, tools)] * len(turns)
+        prompts = self._template.render([one[:-1] for one in turns], tools, True, marks)
+        wholes = self._template.render(turns, tools, False, marks)
         return [
             (
                 prompt,
@@ -208,15 +211,14 @@ class Encoder:
         in a conversation that ends with an answer.
         """
         short = [{"role": "user", "content": "x"}, turns[-1]]
-        asked = self._template.render([short[:-1]], tools, True)[0]
-        whole = self._template.render([short], tools, False)[0]
+        asked = self._template.render([short[:-1]], tools, True, [prompt.mark])[0]
+        whole = self._template.render([short], tools, False, [prompt.mark])[0]
         if not whole.text.startswith(asked.text):
             raise errors.UserError(
                 "the chat template's generation prompt is not how it begins an assistant's turn, so no response can be "
                 "told from its prompt; set data.chat_template to one where it is"
             )
-        answer = whole.text[len(asked.text) :].replace(whole.mark, prompt.mark)
-        return template.Rendered(prompt.text + answer, prompt.mark)
+        return template.Rendered(prompt.text + whole.text[len(asked.text) :], prompt.mark)
 
     def _render_one(self, turns: list[examples.Turn], tools: Any) -> _Texts | errors.UserError:
         try:
@@ -259,7 +261,8 @@ def prompt_tokens(
     turns = template.with_system(messages, system)
     try:
         known.check_tools(turns, tools)
-        return _sound(*_tokens(known).encode(known.render([turns], tools, True)))[0]
+        mark = template.unused_character(turns, tools)
+        return _sound(*_tokens(known).encode(known.render([turns], tools, True, [mark])))[0]
     except errors.UserError as error:
         raise errors.UserError(f"prompt: {error}") from error
 

@@ -79,17 +79,20 @@ class Template:
                 )
 
     def render(
-        self, conversations: Sequence[Messages], tools: Tools, generation: bool
+        self,
+        conversations: Sequence[Messages],
+        tools: Tools,
+        generation: bool,
+        marks: Sequence[str],
     ) -> list[Rendered]:
-        """The texts of conversations that share their tools.
+        """The texts of conversations that share their tools; each with its mark (`unused_character` of all it holds).
 
         Raises:
             errors.UserError: the template refuses one of them; which one is not told.
         """
-        marks = [_unused_character(turns) for turns in conversations]
         if tools:
-            marks = [_unused_character(conversations, tools)] * len(conversations)
-            tools = _map_texts(tools, _breaker(self.control, marks[0]))
+            (mark,) = set(marks)  # theirs too
+            tools = _map_texts(tools, _breaker(self.control, mark))
         broken = [
             self._broken(turns, mark) for turns, mark in zip(conversations, marks, strict=True)
         ]
@@ -104,7 +107,7 @@ class Template:
 
 def broken(text: str, control: re.Pattern[str]) -> Rendered:
     """A plain text, without a template: nothing in it is a control token."""
-    mark = _unused_character(text)
+    mark = unused_character(text)
     return Rendered(_breaker(control, mark)(text), mark)
 
 
@@ -226,7 +229,7 @@ def _found(pattern: re.Pattern[str], texts: Iterable[str]) -> set[str]:
     return {match[0] for text in texts for match in pattern.finditer(text)}
 
 
-def _unused_character(*values: Any) -> str:
+def unused_character(*values: Any) -> str:
     """A private-use character that no text in the values holds."""
     texts = list(_texts(values))
     if not any(MARK in text for text in texts):
