@@ -69,9 +69,9 @@ def _tell(source: str, error: Exception) -> NoReturn:
     elif "gated" in text:
         advice = "ask for access on its page, then log in with `hf auth login`"
     elif isinstance(error, ConnectionError) or "offline" in text.lower():
-        advice = "check the network, or save the data to a file and name that"
+        advice = "check the network; a file is named with its extension"
     elif "scripts are no longer supported" in text or "trust_remote_code" in text:
         advice = "it needs code of its own, which is not run; save its rows to a file and name that"
     else:
-        advice = "check the name; a file needs its extension"
+        advice = "check the name; a file is named with its extension"
     raise errors.UserError(f"{source}: no data set from the Hub: {text}; {advice}") from None

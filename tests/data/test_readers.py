@@ -395,13 +395,16 @@ def test_hub_names(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> N
             ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']"),
             "['main', 'socratic']; name a subset, as owner/name:SUBSET:SPLIT",
         ),
-        (ConnectionError("Couldn't reach the Hub"), "; check the network, or save the data to a"),
+        (
+            ConnectionError("Couldn't reach the Hub"),
+            "; check the network; a file is named with its ext",
+        ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found x.py"),
             "is not run; sav",
         ),
         (ValueError("Dataset 'x' is a gated dataset on the Hub."), "ask for access on its page"),
-        (KeyError("whatever"), "'whatever'; check the name; a file needs its extension"),
+        (KeyError("whatever"), "'whatever'; check the name; a file is named with its extension"),
     ],
 )
 def test_hub_errors_are_one_line(
