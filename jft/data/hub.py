@@ -17,9 +17,11 @@ def is_name(source: str) -> bool:
     """Whether a source is a Hub name: what lies on disk, or ends as a data file does, is none."""
     if not _NAME.fullmatch(source) or not ("/" in source or ":" in source):
         return False
-    if source.startswith((".", "/")) or files.kind(source) or pathlib.Path(source).exists():
+    if source.startswith(".") or files.kind(source) or pathlib.Path(source).exists():
         return False
-    return not pathlib.Path(source.split("/")[0]).is_dir() or ":" in source
+    # datasets would read a folder of that name here, by its own rules.
+    name = source.split(":")[0]
+    return not pathlib.Path(name).exists() and not pathlib.Path(name.split("/")[0]).is_dir()
 
 
 def stream(source: str) -> Iterator[records.Record | examples.Fault]:
@@ -50,9 +52,9 @@ def load(source: str) -> Any:
         _tell(source, error)
     if isinstance(loaded, dict):
         if len(loaded) != 1:
-            listed = ", ".join(loaded)
-            first = ":".join([name, *([subset] if subset else []), next(iter(loaded), "train")])
-            raise errors.UserError(f"{source}: has the splits {listed}; name one, as {first}")
+            splits = [str(name) for name in loaded] or ["no split"]
+            told = f"has the splits {', '.join(splits)}; name one, as {name}:{splits[0]}"
+            raise errors.UserError(f"{source}: {told}")
         loaded = next(iter(loaded.values()))
     if not len(loaded):
         raise errors.UserError(f"{source}: holds no rows; name another split")

@@ -59,9 +59,7 @@ class Shape:
     kind: str  # prompt/response, alpaca, messages, text, preference, unpaired or multiple choice
     columns: Mapping[str, str]
     separator: str = ""  # that splits the text into a prompt and a response
-    stated: bool = (
-        False  # whether the user named the label's column, so that 0 and 1 are labels too
-    )
+    stated: bool = False  # the user named the label's column, so that 0 and 1 are labels too
 
     @property
     def required(self) -> dict[str, str]:

@@ -380,7 +380,16 @@ def test_hub_names(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     write(tmp_path, "a.jsonl", "")
-    for source in ("runs/none", "./x/y", "data/a.jsonl", "a.jsonl", "name", "/a/b", "runs"):
+    for source in (
+        "runs/none",
+        "./x/y",
+        "data/a.jsonl",
+        "a.jsonl",
+        "name",
+        "/a/b",
+        "runs",
+        "runs:x",
+    ):
         assert not hub.is_name(source), source
 
 
