@@ -10,6 +10,7 @@ Memory is 9 bytes a row, and some ten times as much while groups are made; signa
 """
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -43,12 +44,18 @@ _WORD = re.compile(
 _ASCII_WORD = re.compile(r"[a-z0-9_]+|-(?![a-z])|[^\w\s.,;:!?'\"()\[\]{}`-]")  # the same, faster
 
 
+def said(turn: examples.Turn) -> str:
+    """All that a turn says: its reasoning, its content and its tool calls."""
+    texts = [turn.get("reasoning_content"), turn.get("content")]
+    if turn.get("tool_calls"):
+        texts.append(json.dumps(turn["tool_calls"], ensure_ascii=False))
+    return "\n".join(text for text in texts if text)
+
+
 def text(example: examples.Example) -> str:
     """What of an example is compared: its turns but the system's, which whole files share."""
-    if not example.messages:
-        return example.text
-    turns = (t for t in (*example.messages, *example.rejected) if t["role"] != "system")
-    return "\n".join(turn.get("content") or str(turn.get("tool_calls", "")) for turn in turns)
+    turns = [t for t in (*example.messages, *example.rejected) if t["role"] != "system"]
+    return "\n".join(map(said, turns)) if example.messages else example.text
 
 
 def words(text: str) -> list[str]:
@@ -71,13 +78,13 @@ class Signatures:
     def add(self, text: str) -> None:
         self.add_words(words(text[:CHARACTERS]) or [text])
 
-    def add_words(self, said: list[str]) -> None:
+    def add_words(self, found: list[str]) -> None:
         """Adds a text of these words."""
-        joined = " ".join(said).encode("utf-8", "surrogatepass")
+        joined = " ".join(found).encode("utf-8", "surrogatepass")
         self._hashes += hashlib.blake2b(joined, digest_size=8).digest()
-        self._short.append(len(said) < WORDS)
+        self._short.append(len(found) < WORDS)
         # A pair that stands twice has the same minima as one that stands once.
-        self._waiting.append(list(map(" ".join, zip(said, said[1:], strict=False))))
+        self._waiting.append(list(map(" ".join, zip(found, found[1:], strict=False))))
         if len(self._waiting) >= 1024:
             self._write()
 

@@ -9,7 +9,7 @@ from jft.data.checks import found
 SECRETS = found.Words(
     "secret",
     "warning",
-    "hold what looks like a secret",
+    "with what looks like a secret",
     "take them out (--fix removes the rows) and revoke what is real: a model can be made to recite it",
     fix="remove",
 )

@@ -13,27 +13,27 @@ from jft.data.checks import found, parts
 ENCODING = found.Words(
     "encoding",
     "warning",
-    "hold text with a damaged encoding",
+    "with text of a damaged encoding",
     "repair what can be repaired with --fix (mojibake); for the rest, read the source again with its right encoding",
     fix="repair",
 )
 INVISIBLE = found.Words(
     "encoding",
     "note",
-    "hold characters that can't be seen",
+    "with characters that can't be seen",
     "strip them where they carry no meaning: the model sees them as tokens",
 )
 REPETITION = found.Words(
     "repetition",
     "warning",
-    "repeat themselves without end",
+    "with text that repeats itself without end",
     "take the rows out (--fix does), or cut the loop: a model learns it quickly",
     fix="remove",
 )
 REJECTED = found.Words(
     "repetition",
     "note",
-    "have a rejected answer that repeats itself without end",
+    "with a rejected answer that repeats itself without end",
     "keep them if such loops are what the model shall unlearn; an answer this bad teaches little else",
 )
 
