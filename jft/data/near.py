@@ -35,13 +35,11 @@ _WIDTH = 2 * COLUMNS  # bytes of a signature
 _SEED = 20
 
 # Chinese and Japanese have no spaces: each character is a word. So is each sign that is no
-# punctuation: an operator tells two sums apart, and a smiley two moods. A hyphen is none.
+# punctuation: an operator tells two sums apart, and a smiley two moods. Of dashes only minus signs.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(
-    rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|-(?![^\W\d])|[^\w\s.,;:!?'\"()\[\]{{}}`’‘“”…-]"
-)
-
-_ASCII_WORD = re.compile(r"[a-z0-9_]+|-(?![a-z])|[^\w\s.,;:!?'\"()\[\]{}`-]")  # the same, faster
+_SIGN = r"(?<!\w)-(?=\d)|[^\w\s.,;:!?'\"()\[\]{}`’‘“”…–—-]"
+_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|{_SIGN}")
+_ASCII_WORD = re.compile(rf"[a-z0-9_]+|{_SIGN}")  # the same, faster
 
 
 def said(turn: examples.Turn) -> str:
@@ -61,6 +59,12 @@ def text(example: examples.Example) -> str:
 def words(text: str) -> list[str]:
     """What of a text tells it apart from others: words and signs, without case and punctuation."""
     return (_ASCII_WORD if text.isascii() else _WORD).findall(text.casefold())
+
+
+def turn_words(example: examples.Example) -> list[list[str]]:
+    """The words of each turn, or of the plain text; a turn without words is one word as it stands."""
+    texts = list(map(said, example.messages)) or [example.text]
+    return [words(text[:CHARACTERS]) or [text] for text in texts]
 
 
 class Signatures:

@@ -44,12 +44,11 @@ _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\U000e0001
 # A character read as another encoding's becomes two or more; one curly quote alone is no damage.
 _SUSPECT = re.compile("[^\x00-\x7f]{2}|[ÂÃâÐÑ] ")
 
-WINDOW = 20_000  # characters looked at together: a loop in a long document is not thinned out
+WINDOW = 5000  # characters looked at together: a loop in a long document is not thinned out
 SHORTEST = 200  # characters: below it, repeating is style
 RATIO = 0.4  # of compressed to plain bytes; prose of some hundred characters is at 0.5
 LONGEST_UNIT = 250  # characters of the repeated piece
 LOOP = 0.4  # of a window that is repetition
-LOOP_CHARACTERS = 2000  # ... or so much of it
 _END = re.compile(r"[\n.!?。！？]+")
 _BULLET = re.compile(r"^[\s\d.)*\-#]+")
 
@@ -105,7 +104,7 @@ def is_loop(text: str) -> bool:
         data = window.encode("utf-8", "surrogatepass")
         if len(data) < SHORTEST or len(zlib.compress(data, 1)) > RATIO * len(data):
             continue
-        enough = min(LOOP * len(window), LOOP_CHARACTERS)
+        enough = LOOP * len(window)
         if _looped(window) >= enough or _same_sentence(window) >= enough:
             return True
     return False

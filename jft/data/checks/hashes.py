@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.data import examples, near, split
+from jft.data import examples, near
 from jft.data.checks import found
 
 # How a row's answer is judged.
@@ -22,6 +22,8 @@ _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).enco
 
 class Hashes:
     """Of each row: all of it, its prompt, the prompt's words, its answer and its rejected answer.
+
+    The words are what `split.prompt_key` looks at: rows that it keeps on one side can't leak.
 
     Attributes, all [n], after `close`:
         row: the row's number.
@@ -43,10 +45,9 @@ class Hashes:
         rejected = [_trimmed(turn) for turn in example.rejected]
         tools = _encode(example.tools) if example.tools else ""
         whole = _hash(_encode([turns, rejected, example.text.strip(), example.label]) + tools)
-        prompt = int.from_bytes(split.prompt_key(example, 0)[:8], "little")
         self._row.append(row)
         self._whole.append(whole)
-        self._prompt.append(_hash(f"{prompt} {tools}") if tools else prompt)
+        self._prompt.append(_hash(_plain(turns[:-1] or turns) + tools))
         self._answer.append(_hash(_encode(turns[-1])) if turns else 0)
         self._rejected.append(_hash(_encode(rejected[-1])) if rejected else 0)
         self._judged.append(_judged(example))
@@ -54,16 +55,15 @@ class Hashes:
         return whole
 
     def _add_words(self, example: examples.Example) -> None:
-        turns = example.messages or ({"role": "user", "content": example.text},)
-        texts = [near.said(turn)[: near.CHARACTERS] for turn in turns]
-        words = [near.words(text) or [text] for text in texts]
+        words = near.turn_words(example)
         self._words.append(_hash("\n".join(" ".join(one) for one in words[:-1] or words)))
-        if self._signatures is not None and example.rejected:
+        if self._signatures is None:
+            return
+        if example.rejected or not example.messages:
             self._signatures.add(near.text(example))
-        elif self._signatures is not None:  # the same, with the words that are there already
-            shown = [
-                one for turn, one in zip(turns, words, strict=True) if turn["role"] != "system"
-            ]
+        else:  # the same, with the words that are there already
+            turns = zip(example.messages, words, strict=True)
+            shown = [one for turn, one in turns if turn["role"] != "system"]
             self._signatures.add_words([word for one in shown for word in one])
 
     def close(self, places: found.Places) -> None:
@@ -83,6 +83,13 @@ def _trimmed(turn: examples.Turn) -> dict[str, Any]:
     return {
         name: value.strip() if isinstance(value, str) else value for name, value in turn.items()
     }
+
+
+def _plain(turns: list[dict[str, Any]]) -> str:
+    """Turns without what does not tell two questions apart: case and spacing."""
+    return "\n".join(
+        f"{turn['role']} {' '.join(near.said(turn).split()).casefold()}" for turn in turns
+    )
 
 
 def _hash(text: str) -> int:
