@@ -115,8 +115,10 @@ def _looped(text: str) -> int:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     covered = np.zeros(len(codes), bool)
     for unit in range(1, min(LONGEST_UNIT, len(codes) // 5) + 1):
-        equal = np.concatenate([[False], codes[unit:] == codes[:-unit], [False]])
-        edges = np.flatnonzero(equal[1:] != equal[:-1]).reshape(-1, 2)  # runs of equal places
+        equal = codes[unit:] == codes[:-unit]
+        if np.count_nonzero(equal) < max(4 * unit, 50, LOOP / 2 * len(codes)):
+            continue
+        edges = np.flatnonzero(np.diff(equal, prepend=False, append=False)).reshape(-1, 2)
         for first, last in edges[edges[:, 1] - edges[:, 0] >= max(4 * unit, 50)]:
             covered[first : last + unit] = True
     return int(covered.sum())
