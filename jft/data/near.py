@@ -10,6 +10,7 @@ Memory is 9 bytes a row, and some ten times as much while groups are made; signa
 """
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -34,26 +35,36 @@ _WIDTH = 2 * COLUMNS  # bytes of a signature
 _SEED = 20
 
 # Chinese and Japanese have no spaces: each character is a word. So is each sign that is no
-# punctuation: an operator tells two sums apart, and a smiley two moods. A hyphen is none.
+# punctuation: an operator tells two sums apart, and a smiley two moods. Of dashes only minus signs.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(
-    rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|-(?![^\W\d])|[^\w\s.,;:!?'\"()\[\]{{}}`’‘“”…-]"
-)
+_SIGN = r"(?<!\w)-(?=\d)|[^\w\s.,;:!?'\"()\[\]{}`’‘“”…–—-]"
+_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|{_SIGN}")
+_ASCII_WORD = re.compile(rf"[a-z0-9_]+|{_SIGN}")  # the same, faster
 
-_ASCII_WORD = re.compile(r"[a-z0-9_]+|-(?![a-z])|[^\w\s.,;:!?'\"()\[\]{}`-]")  # the same, faster
+
+def said(turn: examples.Turn) -> str:
+    """All that a turn says: its reasoning, its content and its tool calls."""
+    texts = [turn.get("reasoning_content"), turn.get("content")]
+    if turn.get("tool_calls"):
+        texts.append(json.dumps(turn["tool_calls"], ensure_ascii=False))
+    return "\n".join(text for text in texts if text)
 
 
 def text(example: examples.Example) -> str:
     """What of an example is compared: its turns but the system's, which whole files share."""
-    if not example.messages:
-        return example.text
-    turns = (t for t in (*example.messages, *example.rejected) if t["role"] != "system")
-    return "\n".join(turn.get("content") or str(turn.get("tool_calls", "")) for turn in turns)
+    turns = [t for t in (*example.messages, *example.rejected) if t["role"] != "system"]
+    return "\n".join(map(said, turns)) if example.messages else example.text
 
 
 def words(text: str) -> list[str]:
     """What of a text tells it apart from others: words and signs, without case and punctuation."""
     return (_ASCII_WORD if text.isascii() else _WORD).findall(text.casefold())
+
+
+def turn_words(example: examples.Example) -> list[list[str]]:
+    """The words of each turn, or of the plain text; a turn without words is one word as it stands."""
+    texts = list(map(said, example.messages)) or [example.text]
+    return [words(text[:CHARACTERS]) or [text] for text in texts]
 
 
 class Signatures:
@@ -71,13 +82,13 @@ class Signatures:
     def add(self, text: str) -> None:
         self.add_words(words(text[:CHARACTERS]) or [text])
 
-    def add_words(self, said: list[str]) -> None:
+    def add_words(self, found: list[str]) -> None:
         """Adds a text of these words."""
-        joined = " ".join(said).encode("utf-8", "surrogatepass")
+        joined = " ".join(found).encode("utf-8", "surrogatepass")
         self._hashes += hashlib.blake2b(joined, digest_size=8).digest()
-        self._short.append(len(said) < WORDS)
+        self._short.append(len(found) < WORDS)
         # A pair that stands twice has the same minima as one that stands once.
-        self._waiting.append(list(map(" ".join, zip(said, said[1:], strict=False))))
+        self._waiting.append(list(map(" ".join, zip(found, found[1:], strict=False))))
         if len(self._waiting) >= 1024:
             self._write()
 

@@ -79,7 +79,7 @@ class Words:
 
     kind: str
     severity: str
-    what: str  # "hold something": the message is "3 rows hold something (...)"
+    what: str  # "with a secret": the message is "3 rows with a secret (...)"
     advice: str
     fix: str = ""
 

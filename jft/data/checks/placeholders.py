@@ -13,20 +13,20 @@ from jft.data.checks import found, parts
 HOLES = found.Words(
     "placeholder",
     "warning",
-    "hold text that stands for another",
+    "with text that stands for another",
     "fill the holes, or take the rows out (--fix does): the model learns to say them",
     fix="remove",
 )
 REFUSALS = found.Words(
     "placeholder",
     "note",
-    "answer with a refusal",
+    "with an answer that refuses",
     "keep only those that you want: a model that is shown refusals refuses more",
 )
 UNKNOWN = found.Words(
     "placeholder",
     "note",
-    "hold a token of another tokenizer's vocabulary as text",
+    "with a token of another tokenizer's vocabulary as text",
     "put the words back from the source, if you can: the model learns to write the token's name",
 )
 
