@@ -57,6 +57,7 @@ def examine(
     }
     kept = cache.cache_folder() / f"examined-{cache.hash_of(what)}.npz"
     if kept.is_file():
+        os.utime(kept)
         return _read(kept)
     found = _look(trains, valids, grouped)
     _write(kept, found)

@@ -191,6 +191,32 @@ class _Sets:
         return found
 
 
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know of a run's data: how it was read, what was left out, what the check found."""
+    train = report["train"]
+    found = []
+    for source in report["sources"]:
+        unused = ", ".join(source["unused_columns"])
+        beside = f" (not read: {unused})" if unused else ""
+        found.append(f"{', '.join(source['files'][:3])}: {source['description']}{beside}")
+    left = {
+        "too long": train["dropped"],
+        "without anything to train": train["untrained"],
+        "prompts cut": train["truncated"],
+        "split in pieces": train["split"],
+    }
+    told = "; ".join(f"{count:,} {what}" for what, count in left.items() if count)
+    found.append(
+        f"{train['kept']:,} rows to train on ({train['trained_tokens']:,} trained tokens), "
+        f"{report['valid']['kept']:,} to validate, {report['test']['kept']:,} to test"
+        + (f"; {told}" if told else "")
+    )
+    for each in report["findings"]:
+        if each["severity"] != "note":
+            found.append(f"{each['severity']}: {each['kind']}: {each['message']}; {each['advice']}")
+    return found
+
+
 def use_template(tokenizer: Any, chosen: str) -> None:
     """Sets the tokenizer's chat template: a file's path, a template's text, or "plain"; "" changes nothing."""
     if not chosen:

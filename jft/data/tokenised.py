@@ -9,7 +9,9 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any
@@ -17,13 +19,14 @@ from typing import Any
 import tqdm
 
 from jft import errors
-from jft.data import encoding, examples, formats, hub, readers, store
+from jft.data import encoding, examples, files, formats, hub, readers, store
 from jft.models import resolve
 
 VERSION = 1  # of what is stored; another one when the same input gives other rows
 CHUNK = 1000  # examples encoded together
 # A file that changed this many seconds ago may change once more without a new time of change.
 SETTLED = 2.0
+UNUSED = 30 * 24 * 3600.0  # seconds after which what was not used goes
 
 
 def tokenised(
@@ -51,12 +54,26 @@ def tokenised(
     }
     folder = cache_folder() / hash_of(what)
     if not (folder / "meta.json").is_file():
+        prune()
         _make(folder, formats.Table(source, reading), encoder)
+    os.utime(folder)
     return store.Stored(folder, readers.files(source))
 
 
 def cache_folder() -> pathlib.Path:
     return resolve.cache_folder() / "data"
+
+
+def prune() -> None:
+    """Takes away what was not used for long."""
+    root = cache_folder()
+    for entry in root.iterdir() if root.is_dir() else ():
+        try:
+            if time.time() - entry.stat().st_mtime < UNUSED or entry.name == "digests":
+                continue
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError:  # another process was first
+            continue
 
 
 def hash_of(what: Any) -> str:
@@ -124,7 +141,8 @@ def _digest(file: pathlib.Path) -> str:
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
     with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest() + file.suffix
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = f"{digest} {files.kind(str(file))}"
     if time.time() - found.st_mtime > SETTLED:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(digest, encoding="utf-8")

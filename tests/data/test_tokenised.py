@@ -104,6 +104,26 @@ def test_what_was_made_once_is_not_made_again(
         tokenise(path, tokenizer)
 
 
+def test_what_is_not_used_for_long_goes(
+    tmp_path: pathlib.Path, tokenizer: Any, cache: pathlib.Path
+) -> None:
+    path, other = write(tmp_path / "a.jsonl", 3), write(tmp_path / "b.jsonl", 4)
+
+    def kept() -> list[pathlib.Path]:
+        return [entry for entry in cache.iterdir() if entry.name != "digests"]
+
+    tokenise(path, tokenizer)
+    (old,) = kept()
+    os.utime(old, (1, 1))
+    tokenise(other, tokenizer)
+    assert len(kept()) == 1 and old not in kept()
+    (used,) = kept()
+    os.utime(used, (1, 1))
+    tokenise(other, tokenizer)  # used again
+    tokenise(path, tokenizer)
+    assert used in kept() and len(kept()) == 2
+
+
 def test_a_file_that_changed_is_read_again(tmp_path: pathlib.Path, tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl", 3, "hello")
     os.utime(path, (1, 1))  # long ago, so that its hash is remembered
