@@ -45,7 +45,7 @@ class Found:
         return bool(self._rows)
 
     def add(self, row: int, pattern: str, part: str) -> None:
-        rows = self._rows.setdefault((pattern, part), array.array("q"))
+        rows = self._rows.setdefault((pattern, part), array.array("i"))
         if not rows or rows[-1] != row:
             rows.append(row)
 
