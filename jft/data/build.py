@@ -24,27 +24,24 @@ def build(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
 
 
 def _pair(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
+    columns, told = shape.columns, shape.told
     if shape.separator:
         asked, answer = _split(row, shape)
-        return _with_beside(row, shape, _ask(asked) + _answer(answer, "the response"))
-    columns = shape.columns
-    asked = row[columns["prompt"]]
+        return _with_beside(row, shape, _ask(asked, "the prompt") + _answer(answer, "the response"))
+    asked, answer = row[columns["prompt"]], row[columns["response"]]
     if "context" in columns:
-        asked = _with_context(asked, row.get(columns["context"]), columns)
-    what = f"the prompt (column {columns['prompt']!r})"
-    begun = _ask(asked, what) if isinstance(asked, str) else _prompt(asked, what)
-    what = f"the response (column {columns['response']!r})"
-    return _with_beside(row, shape, begun + _answer(row[columns["response"]], what))
+        asked = _with_context(asked, row.get(columns["context"]), told)
+    found = _prompt(asked, told["prompt"]) + _answer(answer, told["response"])
+    return _with_beside(row, shape, found)
 
 
 def _messages(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
-    column = shape.columns["messages"]
-    return _with_beside(row, shape, turns.parse(row[column], f"column {column!r}"))
+    found = turns.parse(row[shape.columns["messages"]], shape.told["messages"])
+    return _with_beside(row, shape, found)
 
 
 def _text(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
-    column = shape.columns["text"]
-    return {"messages": (), "text": _filled(row[column], f"the text (column {column!r})")}
+    return {"messages": (), "text": _filled(row[shape.columns["text"]], shape.told["text"])}
 
 
 def _unpaired(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
@@ -57,7 +54,7 @@ def _unpaired(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
     if not isinstance(label, bool):
         shown = repr(label) if isinstance(label, str) else records.kind(label)
         raise errors.UserError(
-            f"the label (column {column!r}) is {shown}; write true or false"
+            f"{shape.told['label']} is {shown}; write true or false"
             + ("" if shape.stated else f", or set data.columns.label={column} for 0 and 1")
         )
     inner = _messages if "messages" in shape.columns else _pair
@@ -65,7 +62,7 @@ def _unpaired(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
 
 
 def _choices(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
-    columns = shape.columns
+    columns, told = shape.columns, shape.told
     choices, gold = row[columns["choices"]], row[columns["gold"]]
     if not isinstance(choices, list) or not choices:
         raise errors.UserError(
@@ -78,22 +75,18 @@ def _choices(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
         )
     choice, what = choices[gold], f"choice {gold} (column {columns['choices']!r})"
     if "prompt" in columns:
-        asked, told = row[columns["prompt"]], f"the prompt (column {columns['prompt']!r})"
-        return _with_beside(row, shape, _ask(asked, told) + _answer(choice, what))
-    told = f"the response (column {columns['response']!r})"
-    return _with_beside(row, shape, _ask(choice, what) + _answer(row[columns["response"]], told))
+        found = _ask(row[columns["prompt"]], told["prompt"]) + _answer(choice, what)
+    else:
+        found = _ask(choice, what) + _answer(row[columns["response"]], told["response"])
+    return _with_beside(row, shape, found)
 
 
 def _preference(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
-    columns = shape.columns
-    chosen, rejected = (
-        _answer(row[columns[role]], f"the {role} answer (column {columns[role]!r})")
-        for role in ("chosen", "rejected")
-    )
-    asked: list[examples.Turn] = []
-    if name := columns.get("prompt") or columns.get("messages"):
-        value, what = row[name], f"the prompt (column {name!r})"
-        asked = _ask(value, what) if isinstance(value, str) else _prompt(value, what)
+    columns, told = shape.columns, shape.told
+    chosen, rejected = (_answer(row[columns[role]], told[role]) for role in ("chosen", "rejected"))
+    role = "prompt" if "prompt" in columns else "messages"
+    name = columns.get(role)
+    asked = _prompt(row[name], told[role]) if name else []
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         begun, chosen, rejected = _common(chosen, rejected)
         if asked and asked != begun and asked != begun[-1:]:
@@ -145,14 +138,16 @@ def _with_beside(row: Mapping[str, Any], shape: shapes.Shape, found: Turns) -> F
                 f"has a system turn and a column {columns['system']!r} too; empty one of them"
             )
         found = [{"role": "system", "content": system}, *found]
-    turns.check(found)
+    # A prompt and an answer, the case of most rows, are in order.
+    if len(found) != 2 or found[0]["role"] != "user" or found[1]["role"] != "assistant":
+        turns.check(found)
     fields: Fields = {"messages": tuple(found)}
     if "tools" in columns:
         fields["tools"] = turns.tools(row.get(columns["tools"]), columns["tools"])
     return fields
 
 
-def _ask(value: Any, what: str = "the prompt") -> Turns:
+def _ask(value: Any, what: str) -> Turns:
     return [{"role": "user", "content": _filled(value, what)}]
 
 
@@ -176,27 +171,27 @@ def _filled(value: Any, what: str) -> str:
     return text
 
 
-def _with_context(asked: Any, context: Any, columns: Mapping[str, str]) -> str:
+def _with_context(asked: Any, context: Any, told: Mapping[str, str]) -> str:
     """Alpaca's instruction with its input after an empty line; either may be empty."""
-    asked = turns.text(asked, f"the prompt (column {columns['prompt']!r})")
+    asked = turns.text(asked, told["prompt"])
     if context is None:
         return asked
-    context = turns.text(context, f"column {columns['context']!r}")
+    context = turns.text(context, told["context"])
     if not context.strip():
         return asked
     return f"{asked}\n\n{context}" if asked.strip() else context
 
 
 def _split(row: Mapping[str, Any], shape: shapes.Shape) -> tuple[str, str]:
-    column, separator = shape.columns["text"], shape.separator
-    text = _filled(row[column], f"the text (column {column!r})")
+    separator, what = shape.separator, shape.told["text"]
+    text = _filled(row[shape.columns["text"]], what)
     before, found, after = text.partition(separator)
     if not found:
         told = (
             "; a line end in it is written $'\\n' on the command line" if "\\n" in separator else ""
         )
         raise errors.UserError(
-            f"the text (column {column!r}) does not hold data.separator={separator!r}; "
+            f"{what} does not hold data.separator={separator!r}; "
             f"mend the separator or the row{told}"
         )
     return before + found, after

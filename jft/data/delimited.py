@@ -16,7 +16,7 @@ Rows = Iterator[records.Record | examples.Fault]
 
 def read_csv(path: str, file: io.BufferedReader, *, header: bool) -> Rows:
     """Comma-separated fields, quoted where they hold commas, quotes or line ends."""
-    return _read(path, file, ",", csv.QUOTE_MINIMAL, header)
+    return _read(path, file, ",", header)
 
 
 def read_tsv(path: str, file: io.BufferedReader, *, header: bool) -> Rows:
@@ -24,13 +24,14 @@ def read_tsv(path: str, file: io.BufferedReader, *, header: bool) -> Rows:
 
     With the csv module's default one bare quote would swallow the rows that follow it.
     """
-    return _read(path, file, "\t", csv.QUOTE_NONE, header)
+    return _read(path, file, "\t", header)
 
 
-def _read(path: str, file: io.BufferedReader, separator: str, quoting: int, header: bool) -> Rows:
+def _read(path: str, file: io.BufferedReader, separator: str, header: bool) -> Rows:
     csv.field_size_limit(sys.maxsize)  # of the process; its 131,072 would refuse long texts
     # Bytes that are not UTF-8 become halves of surrogate pairs: they spoil their row, not the file.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
     reader = csv.reader(text, delimiter=separator, quoting=quoting, strict=True)
     names: list[str] = []
     number, line = 1, 1
@@ -59,6 +60,8 @@ def _read(path: str, file: io.BufferedReader, separator: str, quoting: int, head
 
 def _check_names(fields: Sequence[str], separator: str, header: bool) -> str:
     """What is wrong with the first line, with what to do; empty if nothing is."""
+    if not header:
+        return ""
     if len(fields) == 1:
         other = next((mark for mark in "\t;,|" if mark != separator and mark in fields[0]), None)
         if other == "\t":
@@ -68,8 +71,6 @@ def _check_names(fields: Sequence[str], separator: str, header: bool) -> str:
                 f"the first line is one column that holds {other!r}; "
                 f"save it with {'commas' if separator == ',' else 'tabs'} between the columns"
             )
-    if not header:
-        return ""
     if problem := _not_utf8(fields):
         return f"the header is {problem}"
     twice = sorted({name for name in fields if fields.count(name) > 1})
@@ -84,7 +85,7 @@ def _check(
     """What is wrong with a row, with what to do; empty if nothing is."""
     if len(fields) != len(names):
         return (
-            f"has {len(fields)} fields, the {'header' if header else 'first row'} has {len(names)} "
+            f"has {len(fields)} field{'s' * (len(fields) > 1)}, the {'header' if header else 'first row'} has {len(names)} "
             f"(line {line}); "
             + (
                 "quote a field that holds a comma or a line end"

@@ -65,15 +65,15 @@ def find(source: str) -> tuple[str, ...]:
         errors.UserError: there is no such file, its kind is unknown, or a folder leaves open what is meant.
     """
     path = pathlib.Path(source)
+    if any(character < " " for character in source):
+        raise errors.UserError(f"{source!r}: no file name: it holds control characters")
     try:
         if path.is_dir():
             return _in_folder(path)
         if not path.exists():
             raise errors.UserError(f"{source}: no such file{_near(path)}")
-    except errors.UserError:
-        raise
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL byte in it
-        raise errors.UserError(f"{source!r}: no file name: {records.one_line(error)}") from None
+    except OSError as error:  # no permission, or a name that is too long
+        raise errors.UserError(f"{source}: cannot be read: {error.strerror or error}") from None
     if not path.is_file():
         raise errors.UserError(f"{source}: is no regular file; save the data to one")
     if kind(source) is None:
@@ -147,7 +147,7 @@ def damage(error: BaseException) -> str:
         return "the compressed file ends early"
     if isinstance(error, OSError) and error.strerror:
         return f"the file cannot be read: {error.strerror}"
-    return f"the file is damaged: {records.one_line(error)}"
+    return f"the file is damaged or not compressed as its name says: {records.one_line(error)}"
 
 
 def _in_folder(folder: pathlib.Path) -> tuple[str, ...]:
@@ -199,7 +199,9 @@ def _saved(folder: pathlib.Path) -> tuple[str, ...]:
 def _is_data(path: pathlib.Path) -> bool:
     name = path.name.lower()
     stem = name.split(".")[0]
-    if name.startswith((".", "_")) or kind(name) is None or stem in _DESCRIBING:
+    if name.startswith((".", "_")) or kind(name) is None:
+        return False
+    if kind(name) == "json" and stem in _DESCRIBING:
         return False
     return not (kind(name) in ("txt", "json") and _BESIDE.search(stem))
 

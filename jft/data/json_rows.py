@@ -18,6 +18,10 @@ Rows = Iterator[records.Record | examples.Fault]
 _BOM = b"\xef\xbb\xbf"
 _BLANK = " \t\r\n"
 _CHUNK = 1 << 16
+_SPREAD = {  # how JSON begins that is written over several lines
+    b"[": "its first line is [ alone: this is a list, not JSON lines; give its name the ending .json",
+    b"{": "its first line is { alone, and a row is one line here; write each object in one line",
+}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -59,37 +63,46 @@ def explain(error: Exception) -> str:
         return f"bad JSON: {records.one_line(error)}"
     if "\0" in error.doc:
         return "bad JSON: the row holds NUL bytes, so the file is damaged; take the row out"
-    text = f"bad JSON at column {error.colno}: {error.msg}"
+    return f"bad JSON at column {error.colno}: {_told(error)}; {_advice(error)}"
+
+
+def _told(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at").removesuffix(" starting")
+
+
+def _advice(error: json.JSONDecodeError) -> str:
+    """What to do about a line that is not one value."""
+    doc, at = error.doc, error.pos
+    if "\r" in (doc[at : at + 1], doc[at - 1 : at]) and doc[at:].strip(_BLANK):
+        return "a line ends with CR alone: save the file with LF line ends"
     if error.msg == "Extra data":
-        return f"{text}; a line holds one object and nothing else"
-    return text
+        return "a line holds one object and nothing else"
+    if error.msg.startswith("Unterminated") or at >= len(doc.rstrip(_BLANK)):
+        return "the value does not end in its line: write each object in one line"
+    if error.msg.startswith("Invalid control character"):
+        return "inside a text write a tab as \\t and a line end as \\n"
+    return "mend it there"
 
 
 def read_lines(path: str, file: io.BufferedReader) -> Rows:
     """JSON lines; a row's number is its line, and blank lines count."""
+    first = True
     for number, line in enumerate(file, start=1):
-        if line.isspace():
-            continue
         if line.startswith(_BOM):  # also in the middle, where files were joined
             line = line[3:]
+        if not line or line.isspace():
+            continue
+        if first and line.strip() in (b"[", b"{"):
+            yield records.whole(path, _SPREAD[line.strip()])
+            return
+        first = False
         try:
             yield records.Record(path, number, _STRICT.decode(str(line, "utf-8")))
         except UnicodeDecodeError as error:
             what = f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
             yield records.fault(path, number, f"{what}; save the file as UTF-8")
         except (ValueError, RecursionError) as error:
-            yield records.fault(path, number, explain(error) + _unfinished(error))
-
-
-def _unfinished(error: Exception) -> str:
-    """Advice for a value that goes on in the next line."""
-    if isinstance(error, json.JSONDecodeError) and "\0" not in error.doc:
-        start = error.msg.startswith("Unterminated string")
-        if start or error.pos >= len(error.doc.rstrip(_BLANK)):
-            return "; the value does not end in its line: write each object in one line"
-        if error.doc[error.pos - 1 : error.pos] == "\r" or "}\r{" in error.doc:
-            return "; lines end with CR alone: save the file with LF line ends"
-    return ""
+            yield records.fault(path, number, explain(error))
 
 
 def read_file(path: str, file: io.BufferedReader) -> Rows:
@@ -143,7 +156,9 @@ class _Text:
         while True:
             try:
                 value, end = decoder.raw_decode(self.held, self.at)
-                if end < len(self.held) or self.ended:
+                # What follows tells whether a number such as 1 goes on, as in 1.5 or 1e5.
+                after = self.held[end : end + 4]
+                if self.ended or len(after) == 4 or after[:1] in (*_BLANK, ",", "]", "}"):
                     return value, end
             except json.JSONDecodeError as error:
                 # Only a value cut off by the end of what is held may get better by reading on.
@@ -178,11 +193,13 @@ def _elements(
     """The rows of a list; returns their count at its closing bracket, None where it can't be read on."""
     number = 1
     while True:
-        text.next_character()
+        if text.next_character() == "]":
+            told = f"bad JSON at {text.place(text.at)}: a comma stands before ]"
+            break
         try:
             row, end = _element(path, number, text)
         except json.JSONDecodeError as error:
-            told = f"bad JSON at {text.place(error.pos)}: {error.msg}"
+            told = f"bad JSON at {text.place(error.pos)}: {_told(error)}"
             break
         except RecursionError as error:
             told = explain(error)

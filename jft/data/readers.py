@@ -6,6 +6,7 @@ file unreadable is one fault, which says from which row on.
 """
 
 import io
+import pathlib
 from collections.abc import Iterator
 
 from jft.data import arrow_rows, delimited, examples, hub, json_rows, records
@@ -47,7 +48,9 @@ def _of_files(paths: tuple[str, ...], header: bool) -> Rows:
             empty = False
             yield row
         if empty:
-            yield records.whole(path, "holds no rows; take it out", kind="empty")
+            size = pathlib.Path(path).stat().st_size
+            told = f"holds no rows ({size} bytes); fill it or leave it out"
+            yield records.whole(path, told, kind="empty")
 
 
 def _of_file(path: str, header: bool) -> Rows:

@@ -6,6 +6,7 @@ Where two columns could both be meant, it is an error that lists them with the s
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,15 +59,22 @@ class Shape:
     kind: str  # prompt/response, alpaca, messages, text, preference, unpaired or multiple choice
     columns: Mapping[str, str]
     separator: str = ""  # that splits the text into a prompt and a response
-    stated: bool = (
-        False  # whether the user named the label's column, so that 0 and 1 are labels too
-    )
+    stated: bool = False  # the user named the label's column, so that 0 and 1 are labels too
 
     @property
     def required(self) -> dict[str, str]:
         """The columns that every row has; others may be absent."""
         absent = ("context", "system", "tools")
         return {role: name for role, name in self.columns.items() if role not in absent}
+
+    @functools.cached_property
+    def told(self) -> dict[str, str]:
+        """By role, what messages to the user call its value."""
+        names = {"chosen": "the chosen answer", "rejected": "the rejected answer"}
+        return {
+            role: f"{names.get(role, f'the {role}')} (column {name!r})"
+            for role, name in self.columns.items()
+        }
 
     def describe(self) -> str:
         """In words, as told to the user: "prompt/response: prompt = 'question', response = 'answer'"."""
@@ -183,7 +191,8 @@ def _preference(found: _Columns) -> Shape | None:
     if prompts and lists:
         raise errors.UserError(
             f"{prompts[0]!r} and {lists[0]!r} could each be the prompt; set "
-            f"data.columns.prompt={prompts[0]} or data.columns.messages={lists[0]}"
+            f"data.columns.prompt={prompts[0]}, or data.columns.messages={lists[0]} and "
+            f"data.columns.chosen={chosen[0]}"
         )
     if lists:
         columns = {"messages": found.only("messages", lists)} | columns
@@ -307,7 +316,7 @@ def _find(role: str, name: str, names: Sequence[str]) -> str:
     """A column by its name, or by its place where none has that name."""
     if name in names:
         return name
-    if name.isdecimal() and int(name) < len(names):
+    if name.isascii() and name.isdecimal() and len(name) < 9 and int(name) < len(names):
         return names[int(name)]
     raise errors.UserError(f"data.columns.{role}={name} is no column{_near(name, names)}")
 
@@ -322,5 +331,5 @@ def _near(name: str, names: Sequence[str]) -> str:
 
 
 def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:12])
+    shown = ", ".join(repr(name) if len(name) < 60 else f"{name[:59]!r}…" for name in names[:12])
     return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"

@@ -49,13 +49,15 @@ def conversation(value: Any, what: str) -> list[examples.Turn]:
 
 def parse(value: Any, what: str) -> list[examples.Turn]:
     """The turns of a list of messages, whatever their order."""
+    if value is None:
+        raise Empty(f"{what} is null; fill it or take the row out")
     if not isinstance(value, list):
         raise errors.UserError(
             f"{what} is {records.kind(value)}, not a list of messages; "
-            "write [{'role': ..., 'content': ...}, ...]"
+            "write [{'role': ..., 'content': ...}, ...], as JSON lines can"
         )
     if not value:
-        raise Empty(f"{what} holds no messages; fill it or take the row out")
+        raise Empty(f"{what} is an empty list; fill it or take the row out")
     return [turn(message, f"message {number}") for number, message in enumerate(value, start=1)]
 
 
@@ -71,7 +73,8 @@ def turn(message: Any, what: str) -> examples.Turn:
     if role is None:
         told = repr(said) if isinstance(said, str) else records.kind(said)
         raise errors.UserError(
-            f"{what} has {key} {told}; known are {', '.join(ROLES)}: rename it or take the row out"
+            f"{what} has {f'{key} {told}' if key in message else f'no {key!r}'}; it is system, user, "
+            "assistant or tool (ShareGPT: human, gpt, function_call, observation): mend it"
         )
     for name in _UNREAD:
         if message.get(name):
@@ -128,8 +131,10 @@ def _content(value: Any, what: str) -> str:
 
 def text(value: Any, what: str) -> str:
     """A value that is text which any tokenizer takes."""
+    if value is None:
+        raise Empty(f"{what} is null; fill it or take the row out")
     if not isinstance(value, str):
-        raise errors.UserError(f"{what} is {records.kind(value)}, not text; write it in quotes")
+        raise errors.UserError(f"{what} is {records.kind(value)}, not text; write it as text")
     if "\0" in value:
         raise errors.UserError(
             f"{what} holds a NUL character at {value.index(chr(0))}; take it out"
@@ -151,7 +156,7 @@ def tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
         raise errors.UserError(
             f"{what}'s tool calls are {records.kind(value)}; write [{{'name': ..., 'arguments': ...}}]"
         )
-    return [_call(call, f"{what}'s tool call {i}") for i, call in enumerate(value, start=1)]
+    return [_call(call, f"tool call {i} of {what}") for i, call in enumerate(value, start=1)]
 
 
 def _call(call: Any, what: str) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def tools(value: Any, column: str) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(value, list):
         raise errors.UserError(f"{what} is {records.kind(value)}; write a list of functions")
-    return tuple(_tool(tool, f"{what}'s function {i}") for i, tool in enumerate(value, start=1))
+    return tuple(_tool(tool, f"function {i} of {what}") for i, tool in enumerate(value, start=1))
 
 
 def _tool(tool: Any, what: str) -> dict[str, Any]:
@@ -203,7 +208,7 @@ def _parsed(value: Any, what: str) -> Any:
     try:
         return json_rows.decode(value)
     except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{what} holds {json_rows.explain(error)}; mend it") from None
+        raise errors.UserError(f"{what} holds {json_rows.explain(error)}") from None
 
 
 def check(turns: Sequence[examples.Turn]) -> None:
