@@ -11,7 +11,6 @@ Memory is 9 bytes a row, and some ten times as much while groups are made; signa
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -101,7 +100,7 @@ class Signatures:
         # One row for each different text, in the order of their hashes, which is no order of rows.
         _, rows, text_of_row = np.unique(hashes, return_index=True, return_inverse=True)
         long = np.flatnonzero(~np.frombuffer(bytes(self._short), bool)[rows])
-        labels = np.arange(len(rows))
+        labels = np.arange(len(rows), dtype=np.int32)
         if len(long) > 1:
             labels[long] = long[_cluster(self._file, rows[long], threshold)]
         labels = labels[text_of_row]
@@ -125,9 +124,9 @@ def _signatures(pairs: list[list[str]]) -> np.ndarray:
 
 
 def _cluster(file: IO[bytes], rows: np.ndarray, threshold: float) -> np.ndarray:
-    """int64 [n]: for each of these rows of the file, the position of its group's first member."""
+    """int32 [n]: for each of these rows of the file, the position of its group's first member."""
     common = _common(file, rows)
-    labels = np.arange(len(rows))
+    labels = np.arange(len(rows), dtype=np.int32)
     for band in range(0, COLUMNS, BAND):
         keys, telling = _keys(file, common, band)
         pairs = _candidates(keys[rows], telling[rows])
@@ -171,7 +170,7 @@ def _keys(file: IO[bytes], common: np.ndarray, band: int) -> tuple[np.ndarray, n
     for _, chunk in _chunks(file):
         values = chunk[:, columns]
         keys.append((values.astype(np.uint64) * multipliers).sum(1, dtype=np.uint64))
-        telling.append(~common[columns, values].all(1))
+        telling.append(np.logical_not(common[columns, values].all(1)))
     return np.concatenate(keys), np.concatenate(telling)
 
 
@@ -181,7 +180,8 @@ def _candidates(keys: np.ndarray, telling: np.ndarray) -> np.ndarray:
     order = order[np.argsort(keys[order], kind="stable")]
     keys = keys[order]
     starts = np.searchsorted(keys, keys)  # where the run of equal keys starts
-    found = [np.stack([order[starts], order], 1)[starts != np.arange(len(keys))]]
+    later = np.flatnonzero(starts != np.arange(len(keys)))
+    found = [np.stack([order[starts[later]], order[later]], 1)]
     for step in range(1, WINDOW):
         equal = np.flatnonzero(keys[step:] == keys[:-step])
         if not len(equal):
@@ -207,9 +207,11 @@ def _similar(file: IO[bytes], pairs: np.ndarray, common: np.ndarray) -> np.ndarr
 
 def _fetch(file: IO[bytes], rows: np.ndarray) -> np.ndarray:
     """uint16 [n, COLUMNS]: the signatures of some rows."""
-    number = file.fileno()
-    found = b"".join(os.pread(number, _WIDTH, row * _WIDTH) for row in rows.tolist())
-    return np.frombuffer(found, np.uint16).reshape(-1, COLUMNS)
+    found = bytearray()
+    for row in rows.tolist():
+        file.seek(row * _WIDTH)
+        found += file.read(_WIDTH)
+    return np.frombuffer(bytes(found), np.uint16).reshape(-1, COLUMNS)
 
 
 def _join(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -224,4 +226,4 @@ def _join(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     _, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
     component = component[labels]
     _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    return first[inverse]
+    return first[inverse].astype(np.int32)

@@ -56,7 +56,7 @@ class Examination:
     def findings(self) -> list[findings.Finding]:
         """What was found: errors first, then in the order of `findings.KINDS`."""
         told = [f for kind, faults in self._faults.items() for f in faults.told(kind, self._places)]
-        told += repeats.told(self._hashes, self._places)
+        told += repeats.told(self._hashes.columns(self._places), self._places)
         told += self._answers.told(self._places)
         if self._languages is not None:
             told += self._languages.told(self._places)

@@ -19,12 +19,12 @@ LABEL = 0.8  # of the rows have one label
 
 
 class Answers:
-    """4 bytes a row: which of the short answers it gives."""
+    """8 bytes a row: its number, and which of the short answers it gives."""
 
     def __init__(self) -> None:
         self._classes: dict[str, int] = {}
         self._class = array.array("i")  # -1: no short answer
-        self._row = array.array("q")
+        self._row = array.array("i")
         self._labels: collections.Counter[bool] = collections.Counter()
 
     def add(self, row: int, example: examples.Example) -> None:

@@ -5,6 +5,7 @@ A hash has 8 bytes; of two million rows two meet by chance in one set of ten mil
 """
 
 import array
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -20,20 +21,29 @@ PLAIN, PAIR, BAD, GOOD = 0, 1, 2, 3
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
 
 
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """What is known of the rows, an array of [n] each; views, so that nothing can be added while they live."""
+
+    row: np.ndarray  # the row's number
+    valid: np.ndarray  # whether it is of the validation set
+    whole: np.ndarray  # hashes of all of the row,
+    prompt: np.ndarray  # of what it answers,
+    words: np.ndarray  # of the words of that,
+    answer: np.ndarray  # of the answer,
+    rejected: np.ndarray  # and of the rejected answer
+    judged: np.ndarray  # PLAIN, PAIR, BAD or GOOD
+    groups: np.ndarray  # of near duplicates, as `near.Signatures.groups` has them
+
+
 class Hashes:
     """Of each row: all of it, its prompt, the prompt's words, its answer and its rejected answer.
 
     The words are what `split.prompt_key` looks at: rows that it keeps on one side can't leak.
-
-    Attributes, all [n], after `close`:
-        row: the row's number.
-        valid: whether it is of the validation set.
-        judged: PLAIN, PAIR, BAD or GOOD.
-        groups: of near duplicates, as `near.Signatures.groups` has them.
     """
 
     def __init__(self, *, near_too: bool) -> None:
-        self._row = array.array("q")
+        self._row = array.array("i")
         self._whole, self._prompt, self._words = (array.array("Q") for _ in range(3))
         self._answer, self._rejected = array.array("Q"), array.array("Q")
         self._judged = bytearray()
@@ -66,17 +76,17 @@ class Hashes:
             shown = [one for turn, one in turns if turn["role"] != "system"]
             self._signatures.add_words([word for one in shown for word in one])
 
-    def close(self, places: found.Places) -> None:
-        """Makes the arrays of what was added so far."""
-        self.row = np.array(self._row, np.int64)
-        self.valid = np.frombuffer(bytes(places.valid), bool)[self.row]
-        self.judged = np.frombuffer(bytes(self._judged), np.uint8)
-        self.whole, self.prompt, self.words, self.answer, self.rejected = (
-            np.array(hashes, np.uint64)
-            for hashes in (self._whole, self._prompt, self._words, self._answer, self._rejected)
+    def columns(self, places: found.Places) -> Columns:
+        """What was added so far."""
+        row = np.frombuffer(self._row, np.int32)
+        hashes = (self._whole, self._prompt, self._words, self._answer, self._rejected)
+        return Columns(
+            row,
+            np.frombuffer(places.valid, bool)[row],
+            *(np.frombuffer(one, np.uint64) for one in hashes),
+            np.frombuffer(self._judged, np.uint8),
+            np.arange(len(row)) if self._signatures is None else self._signatures.groups(),
         )
-        alone = np.arange(len(self.row))
-        self.groups = alone if self._signatures is None else self._signatures.groups()
 
 
 def _trimmed(turn: examples.Turn) -> dict[str, Any]:

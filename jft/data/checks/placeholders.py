@@ -52,7 +52,9 @@ _BRACKET = re.compile(
     re.I,
 )
 _ANGLE = re.compile(r"<(?:insert|your|enter|add)[ _-][^<>\n=/]{1,40}>", re.I)
-_TODO = re.compile(r"\b(?:TODO|FIXME|TBD)\b\s*[:\n]|^\W*(?:TODO|TBD|FIXME|placeholder)\W*$", re.M)
+_TODO = re.compile(
+    r"\b(?:TODO|FIXME|TBD)\b\s*[:\n]|^[^\w\n]*(?:TODO|TBD|FIXME|placeholder)[^\w\n]*$", re.M
+)
 _SELF = re.compile(
     r"\bas an? (?:large |artificial intelligence )?(?:AI|artificial intelligence|language)"
     r"(?: language)? ?(?:model|assistant|chatbot|program|system)?(?:,| I\b| created| developed| trained)"

@@ -11,16 +11,15 @@ from jft.data.checks import found, hashes
 LEAK = 0.05  # of the validation rows: above it, what validation measures is memory
 
 
-def told(rows: hashes.Hashes, places: found.Places) -> list[findings.Finding]:
+def told(rows: hashes.Columns, places: found.Places) -> list[findings.Finding]:
     """All findings about rows together; training and validation rows are each compared among themselves."""
-    rows.close(places)
     if not len(rows.row):
         return []
     kinds = (_duplicates, _near, _conflicts, _contradictions, _leaks)
     return [finding for kind in kinds for finding in kind(rows, places)]
 
 
-def _duplicates(rows: hashes.Hashes, places: found.Places) -> list[findings.Finding]:
+def _duplicates(rows: hashes.Columns, places: found.Places) -> list[findings.Finding]:
     names = _within(rows.whole, rows.valid)
     later = np.flatnonzero(names != np.arange(len(names)))
     if not len(later):
@@ -39,7 +38,7 @@ def _duplicates(rows: hashes.Hashes, places: found.Places) -> list[findings.Find
     ]
 
 
-def _near(rows: hashes.Hashes, places: found.Places) -> list[findings.Finding]:
+def _near(rows: hashes.Columns, places: found.Places) -> list[findings.Finding]:
     names = _within(rows.groups, rows.valid)
     distinct = _within(rows.whole, rows.valid) == np.arange(len(names))
     sizes = np.bincount(names[distinct], minlength=len(names))
@@ -64,7 +63,7 @@ def _near(rows: hashes.Hashes, places: found.Places) -> list[findings.Finding]:
     ]
 
 
-def _conflicts(rows: hashes.Hashes, places: found.Places) -> list[findings.Finding]:
+def _conflicts(rows: hashes.Columns, places: found.Places) -> list[findings.Finding]:
     """Prompts with several answers. Of judged answers there are several by nature."""
     prompts = _within(rows.prompt, rows.valid)
     plain = np.flatnonzero((rows.judged == hashes.PLAIN) & (rows.answer != 0))
@@ -87,7 +86,7 @@ def _conflicts(rows: hashes.Hashes, places: found.Places) -> list[findings.Findi
     ]
 
 
-def _contradictions(rows: hashes.Hashes, places: found.Places) -> list[findings.Finding]:
+def _contradictions(rows: hashes.Columns, places: found.Places) -> list[findings.Finding]:
     """Rows whose answer to a prompt is good in one row and bad in another."""
     prompts = _within(rows.prompt, rows.valid)
     pair = rows.judged == hashes.PAIR
@@ -111,7 +110,7 @@ def _contradictions(rows: hashes.Hashes, places: found.Places) -> list[findings.
     ]
 
 
-def _leaks(rows: hashes.Hashes, places: found.Places) -> list[findings.Finding]:
+def _leaks(rows: hashes.Columns, places: found.Places) -> list[findings.Finding]:
     """Validation prompts whose words are a training prompt's: punctuation does not hide them."""
     valid, words, groups = rows.valid, rows.words, rows.groups
     if not valid.any() or valid.all():
