@@ -8,24 +8,31 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
+import tqdm
 
 from jft import errors
-from jft.data import checks, findings, near, split, store
+from jft.data import checks, examples, findings, split, store
 from jft.data import tokenised as cache
 
 VERSION = 1  # of what is kept; another one when the checks change
 
 
-@dataclasses.dataclass(frozen=True)
 class Examined:
-    """Of the training examples: prompts' keys, near duplicates' groups (each its own where not asked), findings."""
+    """What is kept of one look at the examples; arrays are read only where they are needed."""
 
-    keys: list[bytes]
-    groups: np.ndarray
-    findings: list[findings.Finding]
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        with np.load(path) as kept:
+            told = json.loads(str(kept["findings"]))
+        self.findings = [
+            findings.Finding(**each | {"places": tuple(map(tuple, each["places"]))})
+            for each in told
+        ]
 
     def check(self, allow: str = "") -> None:
         """Raises UserError if the check found an error of a kind that `allow` (kinds, by comma) does not name."""
@@ -43,60 +50,73 @@ class Examined:
                 f"data: {first.kind}: {first.message}; {first.advice}, or set data.allow={first.kind}{more}"
             )
 
+    def held_out(self, fraction: float, seed: int) -> np.ndarray:
+        """Which training examples are for validation, a bool each: see `split.held_out`. It is kept as well."""
+        kept = self._path.with_name(f"{self._path.stem}-{cache.hash_of([fraction, seed])}.npy")
+        if kept.is_file():
+            os.utime(kept)
+            return np.load(kept)
+        with np.load(self._path) as arrays:
+            keys = [key.tobytes() for key in arrays["keys"]]
+            held = split.held_out(keys, arrays["groups"], fraction, seed)
+        _write(kept, lambda file: np.save(file, held))
+        return held
+
 
 def examine(
-    trains: Sequence[store.Stored], valids: Sequence[store.Stored], *, grouped: bool
+    trains: Sequence[store.Stored], valids: Sequence[store.Stored], *, near: bool
 ) -> Examined:
-    """Looks at all examples; `grouped` also finds the groups of near duplicates among the training examples."""
+    """Looks at all examples, once; `near` asks for near duplicates, which the split needs."""
     what = {
         "version": VERSION,
         "train": [one.meta["fingerprint"] for one in trains],
         "valid": [one.meta["fingerprint"] for one in valids],
         "files": [one.files for one in (*trains, *valids)],
-        "grouped": grouped,
+        "near": near,
     }
     kept = cache.cache_folder() / f"examined-{cache.hash_of(what)}.npz"
     if kept.is_file():
         os.utime(kept)
-        return _read(kept)
-    found = _look(trains, valids, grouped)
-    _write(kept, found)
-    return found
+    else:
+        _look(trains, valids, near, kept)
+    return Examined(kept)
 
 
 def _look(
-    trains: Sequence[store.Stored], valids: Sequence[store.Stored], grouped: bool
-) -> Examined:
-    examination = checks.Examination(near=False, languages=False)
-    signatures = near.Signatures()
-    keys: list[bytes] = []
-    for one in trains:
-        for example in one.read_examples():
-            examination.add(example)
-            keys.append(split.prompt_key(example, 0))
-            if grouped:
-                signatures.add(near.text(example))
-    for one in valids:
-        for example in one.read_examples():
-            examination.add(example, valid=True)
-    groups = signatures.groups() if grouped else np.arange(len(keys))
-    return Examined(keys, groups, examination.findings())
+    trains: Sequence[store.Stored], valids: Sequence[store.Stored], near: bool, kept: pathlib.Path
+) -> None:
+    examination = checks.Examination(near=near, languages=False)
+    keys = bytearray()
+    for example in _shown(trains):
+        examination.add(example)
+        keys += split.prompt_key(example, 0)
+    # The groups are of training rows alone: validation rows come after them.
+    groups = examination.groups()
+    for example in _shown(valids):
+        examination.add(example, valid=True)
+    told = json.dumps([dataclasses.asdict(finding) for finding in examination.findings()])
+    arrays = {
+        "keys": np.frombuffer(keys, np.uint8).reshape(len(groups), -1),
+        "groups": groups,
+        "findings": np.array(told),
+    }
+    _write(kept, lambda file: np.savez(file, **arrays))
 
 
-def _write(path: pathlib.Path, found: Examined) -> None:
+def _shown(some: Sequence[store.Stored]) -> Iterator[examples.Example]:
+    """All examples, with a bar where it takes long."""
+    total = sum(one.meta["examples"] for one in some)
+    settings = {"unit": "row", "file": sys.stderr, "delay": 3, "mininterval": 1, "leave": False}
+    with tqdm.tqdm(desc="checking", total=total, **settings) as bar:
+        for one in some:
+            for example in one.read_examples():
+                yield example
+                bar.update()
+
+
+def _write(path: pathlib.Path, save: Callable[[BinaryIO], None]) -> None:
+    """Writes a file whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    told = json.dumps([dataclasses.asdict(finding) for finding in found.findings])
-    keys = np.frombuffer(b"".join(found.keys), np.uint8).reshape(len(found.keys), -1)
     with part.open("wb") as file:
-        np.savez(file, keys=keys, groups=found.groups, findings=np.array(told))
+        save(file)
     os.replace(part, path)
-
-
-def _read(path: pathlib.Path) -> Examined:
-    with np.load(path) as kept:
-        keys = [key.tobytes() for key in kept["keys"]]
-        told = [
-            findings.Finding(**each | {"places": tuple(map(tuple, each["places"]))})
-            for each in json.loads(str(kept["findings"]))
-        ]
-        return Examined(keys, kept["groups"], told)

@@ -17,7 +17,6 @@ from jft.data import (
     fitting,
     formats,
     rows,
-    split,
     store,
     template,
     tokenising,
@@ -113,11 +112,11 @@ def load(source: Source, tokenizer: Any, *, seed: int, vocab_size: int) -> Data:
 
     trains = [tokenise(name) for name in source.trains]
     valids = [tokenise(source.valid)] if source.valid else []
-    found = examined.examine(trains, valids, grouped=not source.valid and source.valid_fraction > 0)
+    found = examined.examine(trains, valids, near=not source.valid and source.valid_fraction > 0)
     found.check(source.allow)
     held = np.zeros(sum(one.meta["examples"] for one in trains), bool)
     if not valids:
-        held = split.held_out(found.keys, found.groups, source.valid_fraction, seed)
+        held = found.held_out(source.valid_fraction, seed)
     sets = _Sets(source.max_length, source.overlength, vocab_size, tokenizer)
     train, valid, at = [], [], 0
     for one in trains:

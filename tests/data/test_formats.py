@@ -3,13 +3,12 @@
 
 import json
 import pathlib
-import random
 from typing import Any
 
 import pytest
 
 from jft import errors
-from jft.data import examples, formats, split
+from jft.data import examples, formats
 
 Reading = formats.Reading
 USER, BOT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
@@ -343,33 +342,3 @@ def test_details_of_real_files(shared: pathlib.Path) -> None:
         str(data / "wikisql_mlx" / "test.jsonl"), Reading(separator="\nA: ")
     )[0].messages
     assert prompt["content"].endswith("\nA: ") and response["content"].startswith("SELECT")
-
-
-def examples_of(prompts: list[str]) -> list[examples.Example]:
-    return [examples.Example(examples.pair(p, f"r{i}"), f"row {i}") for i, p in enumerate(prompts)]
-
-
-def test_split_keeps_equal_prompts_together_and_ignores_order() -> None:
-    rows = examples_of([f"prompt {i % 60}" for i in range(200)] + ["PROMPT  3", "prompt 3 "])
-    train, valid = split.split(rows, 0.2, seed=1)
-    assert sorted(e.source for e in train + valid) == sorted(e.source for e in rows)
-    assert 30 <= len(valid) <= 40
-
-    def prompts(part: list[examples.Example]) -> set[str]:
-        return {" ".join(e.messages[0]["content"].split()).casefold() for e in part}
-
-    assert not prompts(train) & prompts(valid)
-    shuffled = random.Random(0).sample(rows, len(rows))
-    assert {e.source for e in split.split(shuffled, 0.2, seed=1)[1]} == {e.source for e in valid}
-    assert {e.source for e in split.split(rows, 0.2, seed=2)[1]} != {e.source for e in valid}
-
-
-def test_split_of_few_examples() -> None:
-    train, valid = split.split(examples_of(["a", "b"]), 0.01, seed=0)
-    assert (len(train), len(valid)) == (1, 1)
-    assert split.split(examples_of(["a", "b"]), 0.0, seed=0)[1] == []
-    assert split.split(examples_of(["a"]), 0.5, seed=0)[1] == []
-    with pytest.raises(errors.UserError, match="same prompt"):
-        split.split(examples_of(["a", "A "]), 0.5, seed=0)
-    with pytest.raises(errors.UserError, match="fraction is 1"):
-        split.split(examples_of(["a", "b"]), 1, seed=0)

@@ -5,6 +5,8 @@ Each check has its module. Memory is some hundred bytes a row: hashes, and signa
 temporary file; no text is kept.
 """
 
+import numpy as np
+
 from jft.data import examples, findings
 from jft.data.checks import (
     answers,
@@ -63,6 +65,10 @@ class Examination:
         for check in self._texts:
             told += check.told(self._places)
         return sorted(told, key=_order)
+
+    def groups(self) -> np.ndarray:
+        """int64 [n]: of each usable row, in their order, the first row of its group of near duplicates."""
+        return self._hashes.groups()
 
 
 class _Faults:

@@ -48,6 +48,7 @@ class Hashes:
         self._answer, self._rejected = array.array("Q"), array.array("Q")
         self._judged = bytearray()
         self._signatures = near.Signatures() if near_too else None
+        self._grouped: np.ndarray | None = None
 
     def add(self, row: int, example: examples.Example) -> int:
         """Adds a row; returns the hash of all of it."""
@@ -85,8 +86,16 @@ class Hashes:
             np.frombuffer(places.valid, bool)[row],
             *(np.frombuffer(one, np.uint64) for one in hashes),
             np.frombuffer(self._judged, np.uint8),
-            np.arange(len(row)) if self._signatures is None else self._signatures.groups(),
+            self.groups(),
         )
+
+    def groups(self) -> np.ndarray:
+        """Of near duplicates, as `near.Signatures.groups` has them; each row its own where they are not looked for."""
+        if self._signatures is None:
+            return np.arange(len(self._row))
+        if self._grouped is None or len(self._grouped) < len(self._row):
+            self._grouped = self._signatures.groups()
+        return self._grouped
 
 
 def _trimmed(turn: examples.Turn) -> dict[str, Any]:
