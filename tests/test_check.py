@@ -9,13 +9,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import check_fakes  # noqa: E402
-
-check_fakes.install()
-
-from jft import check, cli, models  # noqa: E402
-from jft.data import formats, lengths  # noqa: E402
+from jft import check, cli, models
+from jft.data import formats, lengths
 
 # One of each: good, good, empty, bad type, the same as the first, long, control token, dangerous characters.
 ROWS: list[dict[str, Any]] = [

@@ -6,21 +6,15 @@ import itertools
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from rich import console as rich_console
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import check_fakes  # noqa: E402
-
-check_fakes.install()
-
-from jft import cli, models  # noqa: E402
-from jft.data import encoding, examples, rows  # noqa: E402
-from jft.terminal import pieces, showing, visible  # noqa: E402
+from jft import cli, models
+from jft.data import encoding, examples, rows
+from jft.terminal import pieces, showing, visible
 
 PROMPT = "one?\n[bold]two[/bold] <|im_end|> \x1b[31m  three\t日本 🦜\n\n"
 ANSWER = " red\ngreen  \n"

@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 
 from jft import errors
-from jft.data import encoding, examined, examples, fitting, formats, rows, split, store, template
-from jft.data import tokenising
+from jft.data import (
+    encoding,
+    examined,
+    examples,
+    fitting,
+    formats,
+    rows,
+    split,
+    store,
+    template,
+    tokenising,
+)
 from jft.data import tokenised as cache
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:

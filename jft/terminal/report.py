@@ -217,11 +217,4 @@ def print_fixed(console: "rich_console.Console", fixed: Mapping[str, Any]) -> No
     """What was written and what was changed in it."""
     from rich import text
 
-    for name, value in fixed.items():
-        told = value
-        if isinstance(value, Mapping):
-            told = ", ".join(f"{kind} {number:,}" for kind, number in value.items())
-        line = text.Text.assemble(
-            (f"{name.replace('_', ' ')}: ", "bold"), visible.escape(f"{told}")
-        )
-        console.print(line, highlight=False)
+    console.print(text.Text(visible.escape(fixed["message"])), highlight=False)

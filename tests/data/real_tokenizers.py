@@ -29,7 +29,7 @@ MISTRAL_TEMPLATE = (
 NAMES = (*NPM, "mistral", "smollm2")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(name: str) -> Any:
     """A tokenizer by name; skips the test, with the reason, where it can't be had."""
     if name == "smollm2":
@@ -45,8 +45,7 @@ def load(name: str) -> Any:
 
 
 def _smollm2() -> Any:
-    from jft import errors
-    from jft import models
+    from jft import errors, models
 
     try:
         return models.load_tokenizer("smollm2-135m-instruct")
