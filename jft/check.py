@@ -188,14 +188,16 @@ class _Reader:
         }
 
 
-def quotes(asked: Asked, found: Sequence[findings.Finding]) -> dict[tuple[str, int], str]:
-    """What stands in the first row of each finding, in a second look at the files that ends with the last of them.
+def quotes(
+    asked: Asked, found: Sequence[findings.Finding]
+) -> dict[tuple[str, int], tuple[str, ...]]:
+    """The turns of the first row of each finding, in a second look at the files that ends with the last of them.
 
     Rows that hold secrets or personal data are not quoted.
     """
     private = {place for f in found if f.kind in PRIVATE for place in f.places}
     wanted = {finding.places[0] for finding in found if finding.places} - private
-    quoted: dict[tuple[str, int], str] = {}
+    quoted: dict[tuple[str, int], tuple[str, ...]] = {}
     for source in (*asked.files, *asked.valid) if wanted else ():
         for item in formats.Table(source, asked.reading):
             if (item.path, item.number) in wanted:
@@ -205,11 +207,11 @@ def quotes(asked: Asked, found: Sequence[findings.Finding]) -> dict[tuple[str, i
     return quoted
 
 
-def _quote(item: examples.Example | examples.Fault) -> str:
+def _quote(item: examples.Example | examples.Fault) -> tuple[str, ...]:
     if isinstance(item, examples.Fault):
-        return item.message.removeprefix(f"{item.path}:row {item.number}: ")
+        return (item.message.removeprefix(f"{item.path}:row {item.number}: "),)
     turns = [str(turn.get("content") or "") for turn in item.messages if turn["role"] != "system"]
-    return " → ".join(" ".join(text.split())[:200] for text in turns) or item.text[:400]
+    return tuple(turns) or (item.text,)
 
 
 def progress(items: Any, unit: str, total: int | None = None) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 """`jft check` as it is used: its object, its report, its exit codes, and no row lost between reading and training."""
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -183,6 +184,9 @@ def test_a_configuration_is_checked_as_it_is_trained(
     )
     by_config = found(capsys, f"--config={file}", f"--config.data.train={data}", code=1)
     by_flags = found(capsys, data, f"--tokenizer={tiny_model}", "--max_length=60", code=1)
+    for report, prefix in ((by_config, "data."), (by_flags, "--")):
+        (advice,) = [f.pop("advice") for f in report["findings"] if f["kind"] == "dropped"]
+        assert f"raise {prefix}max_length" in advice
     assert by_config == by_flags and rows_of(by_config, "dropped") == [6]
     two = write(tmp_path / "two.jsonl", ROWS[:2])
     several = found(capsys, f"--config={file}", f"--config.data.train={data}, {two}", code=1)
@@ -261,6 +265,20 @@ def test_secrets_are_not_quoted() -> None:
     other = check.findings.Finding("duplicate", "warning", 1, (place,), "1 row", "look")
     asked = check.Asked(("absent.jsonl",), formats.Reading())
     assert check.quotes(asked, [finding, other]) == {}  # without opening the file
+
+
+def test_a_reader_that_goes_away_is_no_error(data: str, monkeypatch: Any) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        from jft.verbs import check as verb
+
+        with pytest.raises(BrokenPipeError):  # which `cli.main` takes for the end of the output
+            verb.run([data])
+            gone.flush()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
 
 
 def test_standard_output_holds_the_report_alone(data: str, capsys: Any, monkeypatch: Any) -> None:

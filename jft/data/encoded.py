@@ -120,7 +120,7 @@ class Encoded:
             len(self._template),
             _places(self._template),
             f"{_rows(self._template)} can't be encoded: {_cause(first)}{more}",
-            "change these rows, or give a template that takes them with --chat_template=FILE",
+            "change these rows, or set data.chat_template to a template that takes them",
             {"causes": sorted(causes)[:20]},
         )
 
@@ -133,7 +133,7 @@ class Encoded:
             len(self._untrained),
             tuple(self._untrained),
             f"{_rows(self._untrained)} without a token to train on, so they are left out",
-            "look at one with --rows, and at what --train_on selects",
+            "look at one with --rows=N, and at what data.train_on selects",
         )
 
     def _dropped(self) -> findings.Finding | None:
@@ -141,18 +141,20 @@ class Encoded:
             return None
         limit, overlength = self._limits.max_length, self._limits.overlength
         what = {
-            "error": "training refuses to start",
-            "drop": "they are left out",
-            "truncate_prompt": "they are even without their prompts",
+            "error": ": training refuses to start",
+            "drop": ": they are left out",
+            "truncate_prompt": " even without their prompts: training refuses to start",
         }[overlength]
-        advice = f"raise max_length (the longest needs {self._longest}), or set overlength to "
+        advice = (
+            f"raise data.max_length (the longest needs {self._longest}), or set data.overlength to "
+        )
         others = [kind for kind in OVERLENGTH if kind not in ("error", overlength)]
         return findings.Finding(
             "dropped",
             "warning" if overlength == "drop" else "error",
             len(self._long),
             tuple(self._long),
-            f"{_rows(self._long)} longer than max_length={limit}: {what}",
+            f"{_rows(self._long)} longer than max_length={limit}{what}",
             f"{advice}{', '.join(others[:-1])} or {others[-1]}",
             {"max_length": limit, "overlength": overlength, "longest": self._longest},
         )
@@ -168,7 +170,7 @@ class Encoded:
             len(self._cut),
             tuple(self._cut),
             f"{_rows(self._cut)} longer than max_length={limit}: {what}",
-            f"raise max_length (the longest needs {self._longest}) where the memory allows it",
+            f"raise data.max_length (the longest needs {self._longest}) where the memory allows it",
             {"max_length": limit, "longest": self._longest, "tokens_cut": self._tokens_cut},
         )
 
