@@ -109,7 +109,7 @@ class _Reader:
                     self.model.config.vocab_size if self.model else 0,
                 ),
             )
-        if self.model is not None:
+        if self.model is not None and asked.outliers:
             from jft import outliers
 
             self._answers = outliers.Answers(asked.outliers)
@@ -132,11 +132,15 @@ class _Reader:
     def _take(self, example: examples.Example, made: list[rows.Row] | examples.Fault) -> None:
         self._measure(lengths.of_text(example))
         self._show(example, made)
-        for row in made if isinstance(made, list) else ():
+        if isinstance(made, examples.Fault) or not made:
+            return
+        for row in made:
             trained = int(row.trained[1:].sum())
             self._measure({"tokens": len(row.tokens), "trained_tokens": trained})
-            if self._answers is not None and trained:
-                self._answers.add(row, (example.path, example.number))
+        if self._answers is not None:
+            # Of a preference pair the first row is the chosen answer's.
+            row = made[0] if example.rejected else max(made, key=lambda row: row.trained.sum())
+            self._answers.add(row, (example.path, example.number))
 
     def read_valid(self, table: formats.Table) -> None:
         for item in progress(table, "held-out rows"):

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
-from jft import check, cli, models
+from jft import check, cli, models, outliers
 from jft.data import formats, lengths
 
 # One of each: good, good, empty, bad type, the same as the first, long, control token, dangerous characters.
@@ -194,6 +195,38 @@ def test_a_configuration_is_checked_as_it_is_trained(
     assert "--config.data.train" in refusal(capsys, f"--config={file}", data)
     assert "data.train is not set" in refusal(capsys, f"--config={file}")
     assert "--config.data.max_length" in refusal(capsys, f"--config={file}", "--max_length=3")
+
+
+def test_a_model_tells_which_answers_do_not_belong(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    rows = [{"prompt": f"number {i}?", "response": f"red {i}"} for i in range(30)]
+    path, wrong = write(tmp_path / "a.jsonl", [*rows[:20], {"prompt": "", "response": "x"}]), 7
+
+    def losses(model: Any, chosen: Any, progress: Any) -> Any:
+        gains = [-1.0 if answer.place[1] == wrong else 1.0 + i for i, answer in enumerate(chosen)]
+        return np.array(gains) + 2, np.full(len(chosen), 2.0)
+
+    untold = found(capsys, path, f"--model={tiny_model}", code=1)  # random weights know nothing
+    assert untold["statistics"]["outliers"]["looked_at"] == 20
+    monkeypatch.setattr(outliers, "losses", losses)
+    report = found(capsys, path, f"--model={tiny_model}", code=1)
+    assert rows_of(report, "outlier") == [wrong] and rows_of(untold, "outlier") == []
+    (finding,) = [f for f in report["findings"] if f["kind"] == "outlier"]
+    assert finding["severity"] == "warning"
+    assert finding["details"]["worst_first"] == [
+        {"path": path, "row": 7, "loss": 2.0, "gain": -1.0}
+    ]
+    assert report["rows"] == report["trained_rows"] + left_out(report)
+    del report["statistics"]["outliers"]
+    assert (
+        report["statistics"]
+        == found(capsys, path, f"--tokenizer={tiny_model}", code=1)["statistics"]
+    )
+    none = found(capsys, path, f"--model={tiny_model}", "--outliers=0", code=1)
+    assert "outliers" not in none["statistics"] and not rows_of(none, "outlier")
+    few = found(capsys, path, f"--model={tiny_model}", "--outliers=3", code=1)
+    assert few["statistics"]["outliers"] == {"looked_at": 3, "answers": 20}
 
 
 REFUSED = {

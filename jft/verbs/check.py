@@ -185,6 +185,8 @@ def _asked(
     for name in ("max_length", "outliers", "show"):
         if (flags[name] or 0) < 0:
             parser.error(f"--{name}={flags[name]}: it must be 0 or more")
+    if flags["fix"] and len(others["files"]) > 1:
+        parser.error(f"--fix={flags['fix']}: takes one file at a time, not {len(others['files'])}")
     settings = dict(given)
     if flags["outliers"] is not None:
         settings["outliers"] = flags["outliers"]
@@ -217,8 +219,6 @@ def _reading(columns: Mapping[str, str], header: str, separator: str) -> Any:
 def _fix(asked: "check.Asked", outcome: "check.Outcome", out: str) -> dict[str, Any]:
     from jft.data import fixing
 
-    if len(asked.files) > 1:
-        raise errors.UserError(f"--fix={out}: takes one file at a time, not {len(asked.files)}")
     return fixing.fix(asked.files[0], asked.reading, outcome.report.findings, out)
 
 
