@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jft import errors
-from jft.data import checks, encoded, encoding, examples, findings, formats, lengths, rows
+from jft.data import accounting, checks, encoding, examples, findings, formats, lengths
 from jft.terminal import showing
 
 # Kinds whose rows are not trained on.
@@ -98,12 +98,11 @@ class _Reader:
         self._read, self._faults = 0, 0
         self.shown: list[showing.Shown] = []
         self.model, self.tokenizer = _open(asked)
-        self._encoded, self._answers = None, None
+        self._account, self._answers = None, None
         if self.tokenizer is not None:
-            self._encoded = encoded.Encoded(
+            self._account = accounting.Account(
                 encoding.Encoder(self.tokenizer, train_on=asked.train_on, system=asked.system),
-                self.tokenizer,
-                encoded.Limits(
+                accounting.Limits(
                     asked.max_length,
                     asked.overlength,
                     self.model.config.vocab_size if self.model else 0,
@@ -119,7 +118,7 @@ class _Reader:
         waiting = progress(table, "rows")
         while chunk := list(itertools.islice(waiting, _CHUNK)):
             understood = [item for item in chunk if isinstance(item, examples.Example)]
-            made = iter(self._encoded.add(understood) if self._encoded else [[]] * len(understood))
+            made = iter(self._account.add(understood) if self._account else [[]] * len(understood))
             for item in chunk:
                 self._examination.add(item)
                 if isinstance(item, examples.Fault):
@@ -129,7 +128,7 @@ class _Reader:
                     self._take(item, next(made))
             self._read += len(chunk)
 
-    def _take(self, example: examples.Example, made: list[rows.Row] | examples.Fault) -> None:
+    def _take(self, example: examples.Example, made: encoding.Encoded) -> None:
         self._measure(lengths.of_text(example))
         self._show(example, made)
         if isinstance(made, examples.Fault) or not made:
@@ -150,14 +149,12 @@ class _Reader:
         for name, value in values.items():
             self._measures.setdefault(name, lengths.Lengths()).add(value)
 
-    def _show(
-        self, item: examples.Example | examples.Fault, made: list[rows.Row] | examples.Fault
-    ) -> None:
+    def _show(self, item: examples.Example | examples.Fault, made: encoding.Encoded) -> None:
         wanted = self._asked.rows
         if item.number in wanted or (not wanted and len(self.shown) < self._asked.show):
             fault = made.message if isinstance(made, examples.Fault) else ""
-            encoded_rows = tuple(made) if isinstance(made, list) else ()
-            self.shown.append(showing.Shown(item.path, item.number, encoded_rows, fault))
+            kept = tuple(made) if isinstance(made, list) else ()
+            self.shown.append(showing.Shown(item.path, item.number, kept, fault))
 
     def report(self, shape: str) -> findings.Report:
         missing = set(self._asked.rows) - {shown.number for shown in self.shown}
@@ -167,9 +164,9 @@ class _Reader:
             )
         found = list(self._examination.findings())
         kept = self._read - self._faults
-        if self._encoded is not None:
-            found += self._encoded.found()
-            kept = self._encoded.kept
+        if self._account is not None:
+            found += self._account.found()
+            kept = self._account.kept
         statistics = self._statistics()
         if self._answers is not None:
             from jft import outliers
@@ -177,10 +174,10 @@ class _Reader:
             finding, looked_at = outliers.find(self.model, self._answers, progress)
             found += [finding] if finding else []
             statistics["outliers"] = looked_at
-        return findings.Report(self._read, kept, tuple(encoded.merged(found)), shape, statistics)
+        return findings.Report(self._read, kept, tuple(accounting.merged(found)), shape, statistics)
 
     def _statistics(self) -> dict[str, Any]:
-        of = "tokens" if self._encoded is not None else "words"
+        of = "tokens" if self._account is not None else "words"
         # A row of n tokens takes n - 1 positions.
         limit = self._asked.max_length + 1 if self._asked.max_length else 0
         histogram = self._measures[of].bins(limit) if of in self._measures else []

@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -117,6 +118,28 @@ def test_tokens_are_those_of_the_encoder(data: str, tiny_model: pathlib.Path, ca
     assert finding["severity"] == "warning"
 
 
+def test_a_tokenizer_is_had_without_weights(
+    data: str, tiny_model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    import huggingface_hub
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    whole = found(capsys, data, f"--tokenizer={tiny_model}", code=1)
+    without = found(capsys, data, f"--tokenizer={bare}", code=1)
+    assert whole["statistics"].pop("tokenizer") != without["statistics"].pop("tokenizer")
+    assert whole == without
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(bare)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert found(capsys, data, "--tokenizer=owner/name", code=1)["findings"] == whole["findings"]
+    assert "tokenizer*" in asked and not any("safetensors" in pattern for pattern in asked)
+
+
 def test_a_template_that_refuses(
     data: str, tiny_model: pathlib.Path, tmp_path: Any, capsys: Any
 ) -> None:
@@ -130,6 +153,26 @@ def test_a_template_that_refuses(
         finding["rows"] == [2] and finding["severity"] == "error" and "no two" in finding["message"]
     )
     assert report["rows"] == report["trained_rows"] + left_out(report)
+
+
+def test_a_conversation_of_several_rows_loses_those_that_are_too_long(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    thinking = tmp_path / "thinking.jinja"  # as Qwen3's, it marks the last turn only
+    thinking.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}(think)"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n(think){% endif %}"
+    )
+    turns = [("user", "one?"), ("assistant", "red"), ("user", "two? " * 20), ("assistant", "blue")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    path = write(tmp_path / "turns.jsonl", [row])
+    flags = (path, f"--tokenizer={tiny_model}", f"--chat_template={thinking}", "--max_length=60")
+    shown = found(capsys, *flags, "--show=1", code=1)
+    assert [len(part) > 61 for part in shown["shown"][0]["tokens"]] == [False, True]
+    assert rows_of(shown, "dropped") == [1] and shown["trained_rows"] == 0
+    dropped = found(capsys, *flags, "--overlength=drop")
+    assert rows_of(dropped, "truncated") == [1] and dropped["trained_rows"] == 1
 
 
 def test_a_template_that_never_works_is_a_finding(

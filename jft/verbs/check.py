@@ -178,10 +178,10 @@ def _asked(
     parser: parsing.Parser, flags: Mapping[str, Any], given: Mapping[str, Any], **others: Any
 ) -> "check.Asked":
     from jft import check
-    from jft.data import encoded
+    from jft.data import fitting
 
-    if given.get("overlength", "error") not in encoded.OVERLENGTH:
-        parser.error(f"--overlength={given['overlength']}: one of {', '.join(encoded.OVERLENGTH)}")
+    if given.get("overlength", "error") not in fitting.OVERLENGTH:
+        parser.error(f"--overlength={given['overlength']}: one of {', '.join(fitting.OVERLENGTH)}")
     for name in ("max_length", "outliers", "show"):
         if (flags[name] or 0) < 0:
             parser.error(f"--{name}={flags[name]}: it must be 0 or more")
