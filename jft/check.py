@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jft import errors
-from jft.data import accounting, checks, encoding, examples, findings, formats, lengths
+from jft.data import accounting, checks, encoding, examples, findings, formats, lengths, rows
 from jft.terminal import showing
 
 # Kinds whose rows are not trained on.
@@ -136,10 +136,14 @@ class _Reader:
         for row in made:
             trained = int(row.trained[1:].sum())
             self._measure({"tokens": len(row.tokens), "trained_tokens": trained})
-        if self._answers is not None:
+        if self._answers is not None and self._known(made):
             # Of a preference pair the first row is the chosen answer's.
             row = made[0] if example.rejected else max(made, key=lambda row: row.trained.sum())
             self._answers.add(row, (example.path, example.number))
+
+    def _known(self, made: list[rows.Row]) -> bool:
+        """Whether the model has an embedding of every token: a tokenizer may know more."""
+        return max(row.tokens.max() for row in made) < self.model.config.vocab_size
 
     def read_valid(self, table: formats.Table) -> None:
         for item in progress(table, "held-out rows"):

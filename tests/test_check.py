@@ -272,6 +272,24 @@ def test_a_model_tells_which_answers_do_not_belong(
     assert few["statistics"]["outliers"] == {"looked_at": 3, "answers": 20}
 
 
+def test_tokens_that_the_model_has_no_embedding_of(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    known = models.load(str(tiny_model)).config.vocab_size
+    larger = tmp_path / "larger"
+    shutil.copytree(tiny_model, larger)
+    tokenizer = models.load_tokenizer(str(larger))
+    tokenizer.add_tokens(["zebra"])
+    assert len(tokenizer) == known + 1
+    tokenizer.save_pretrained(larger)
+    rows = [{"prompt": f"{i}?", "response": "zebra" if i == 3 else "red"} for i in range(25)]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert rows_of(found(capsys, path, f"--tokenizer={larger}"), "template") == []
+    report = found(capsys, path, f"--model={larger}", code=1)
+    assert rows_of(report, "template") == [4] and report["trained_rows"] == 24
+    assert report["statistics"]["outliers"]["looked_at"] == 24
+
+
 REFUSED = {
     "name a file": (),
     "--show needs --tokenizer": ("DATA", "--show=1"),
