@@ -100,9 +100,7 @@ def _messages(fields: dict[str, Any], place: str) -> list[dict[str, str]]:
 
 def _turn(turn: Any, place: str) -> dict[str, str]:
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-        raise errors.UserError(
-            f"{place} is no {{'role': {'|'.join(ROLES)}, 'content': ...}}"
-        )
+        raise errors.UserError(f"{place} is no {{'role': {'|'.join(ROLES)}, 'content': ...}}")
     return {"role": turn["role"], "content": _text(turn.get("content"), "content", place)}
 
 

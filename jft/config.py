@@ -41,7 +41,9 @@ def base() -> config_dict.ConfigDict:
     data.train = ""  # files, folders or Hub names, separated by commas: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt
     data.weights = ""  # how often each of them stands in an epoch, as in "1,0.25"; "" = once
     data.valid = ""  # a source likewise; "" = hold out `valid_fraction` of train
-    data.valid_fraction = 0.1  # of the rows; rows with equal prompts and near duplicates stay together
+    data.valid_fraction = (
+        0.1  # of the rows; rows with equal prompts and near duplicates stay together
+    )
     data.test = ""  # held-out rows for base against tuned at the end; "" = the validation rows
     data.columns = columns = config_dict.ConfigDict()
     columns.prompt = ""  # names of columns where they are not the usual ones
@@ -55,12 +57,18 @@ def base() -> config_dict.ConfigDict:
     columns.tools = ""
     data.header = True  # .csv and .tsv begin with a line of names; False: columns are "0", "1", ...
     data.separator = ""  # splits the text column into a prompt, up to and with it, and its response
-    data.train_on = "assistant"  # all assistant turns; last; weight (turns with weight 1); everything
+    data.train_on = (
+        "assistant"  # all assistant turns; last; weight (turns with weight 1); everything
+    )
     data.system = ""  # system message for conversations that have none; "" = the template's own
-    data.chat_template = ""  # in place of the tokenizer's: a Jinja file, or "plain" (prompt, response, end token)
+    data.chat_template = (
+        ""  # in place of the tokenizer's: a Jinja file, or "plain" (prompt, response, end token)
+    )
     data.max_length = 1024  # positions in a row of a batch
     data.overlength = "error"  # longer rows: error, drop, truncate_prompt, split
-    data.packing = True  # several examples in one row, apart by segment; False: rows of like length in a batch
+    data.packing = (
+        True  # several examples in one row, apart by segment; False: rows of like length in a batch
+    )
     data.allow = ""  # errors of the data check to train in spite of, as in "leak"
 
     c.optim = optim = config_dict.ConfigDict()

@@ -54,7 +54,7 @@ class Job:
         parts = batches.evaluation(
             rows,
             batch_size=self.config.eval_batch_size or self.micro_batch,
-            length=self.batches.length,
+            length=self.config.data.max_length,
             packing=self.config.data.packing,
         )
         sums = [self.eval_step(trainable, self.frozen, batch) for batch in parts]
@@ -250,15 +250,12 @@ def _described(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 def _announce(job: Job) -> None:
     trained, total = tree.size(job.trainable), tree.size(job.model.params)
-    report = job.data.report
     print(
-        f"{job.model.name}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)\n"
-        f"data: {report['train']['kept']} rows to train on ({report['train']['trained_tokens']:,} trained"
-        f" tokens), {report['valid']['kept']} to validate, {report['test']['kept']} to test;"
-        f" left out: {report['train']['dropped']} too long, {report['train']['untrained']} without response,"
-        f" {report['train']['truncated']} prompts cut\n"
+        f"{job.model.name}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)",
+        *load.lines(job.data.report),
         f"{job.steps} steps of {job.config.batch_size} rows x {job.batches.length} tokens"
         f" ({100 * job.batches.padding:.0f} % padding), {job.micro_batch} rows at a time",
+        sep="\n",
         file=sys.stderr,
     )
 

@@ -6,6 +6,7 @@ import pathlib
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from jft import generate, lora, models, runs, tree

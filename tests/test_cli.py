@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jft import answers, cli, generate, lora, models, plan, tree
-from jft.data import chat
+from jft.data import encoding
 from jft.models import architecture, decoder, export, families, hf
 
 SYSTEM = "be brief"
@@ -136,7 +136,7 @@ def test_a_file_of_prompts_is_answered_row_by_row(
     wanted = []
     for row in rows:
         asked = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        prompt = chat.prompt_tokens(model.tokenizer, asked, system=row.get("system", SYSTEM))
+        prompt = encoding.prompt_tokens(model.tokenizer, asked, system=row.get("system", SYSTEM))
         wanted.append("".join(generator.stream_text(prompt, sampling)))
     prompts, out = write_rows(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
     flags = [f"--model={tiny_model}", prompts, "--max_new_tokens=5", "--batch_size=2"]

@@ -179,7 +179,7 @@ def test_generate_talks_to_the_result_and_to_the_base(
 
 
 BAD_ROWS = {
-    "bad JSON": ('{"prompt": "a", "response": "b"}\n{"prompt": "a",\n', "train.jsonl:2"),
+    "bad JSON": ('{"prompt": "a", "response": "b"}\n{"prompt": "a",\n', "train.jsonl:row 2"),
     "no response": ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "response"),
     "empty": ("", "train.jsonl"),
 }

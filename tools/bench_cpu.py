@@ -110,12 +110,16 @@ def prepare(flags: argparse.Namespace, folder: pathlib.Path) -> None:
     import numpy as np
 
     from jft import models
-    from jft.data import batches, chat, formats
+    from jft.data import encoding, fitting, formats
+    from jft.data import rows as rows_of
     from jft.models import export
 
     model = models.load("smollm2-135m-instruct")
     examples = formats.read(flags.data)
-    rows, _ = batches.fit([chat.encode(model.tokenizer, e) for e in examples], LENGTH - 1, "drop")
+    encoder = encoding.Encoder(model.tokenizer)
+    encoded = rows_of.InMemory([row for e in examples for row in encoder.one(e)])
+    fitted, _ = fitting.fit(encoded, LENGTH - 1, "drop")
+    rows = [fitted[i] for i in range(len(fitted))]
     np.savez(
         folder / "rows.npz",
         tokens=np.concatenate([row.tokens for row in rows]),
@@ -134,14 +138,15 @@ def run_jft(flags: argparse.Namespace, path: str) -> dict[str, Any]:
     import numpy as np
 
     from jft import lora, matmul, models, optim, step
-    from jft.data import batches, chat
+    from jft.data import batches
+    from jft.data import rows as rows_of
     from jft.models import architecture
 
     stored = np.load(path)
     ends = np.cumsum(stored["lengths"])[:-1]
     pieces = zip(np.split(stored["tokens"], ends), np.split(stored["trained"], ends), strict=True)
-    rows = [chat.Row(tokens, trained, f"row {i}") for i, (tokens, trained) in enumerate(pieces)]
-    plan = batches.Batches(rows, batch_size=BATCH, length=LENGTH, seed=0)
+    rows = [rows_of.Row(ids, trained, f"row {i}") for i, (ids, trained) in enumerate(pieces)]
+    plan = batches.Batches([rows_of.InMemory(rows)], batch_size=BATCH, length=LENGTH, seed=0)
     stored = flags.dtype if flags.mode == "lora" else "float32"
     model = models.load("smollm2-135m-instruct", dtype=stored)
     if flags.mode == "lora":

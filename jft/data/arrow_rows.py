@@ -40,7 +40,13 @@ def read_arrow(path: str, file: io.BufferedReader) -> Rows:
         opened = pyarrow.ipc.open_file(source)
         return (opened.get_batch(i) for i in range(opened.num_record_batches))
 
-    yield from _read(path, "Arrow", batches)
+    def checked() -> Iterator[Any]:
+        for batch in batches():
+            # Offsets are taken from the file as they are: a damaged one would be read past its end.
+            batch.validate(full=True)
+            yield batch
+
+    yield from _read(path, "Arrow", checked)
 
 
 def rows_of(path: str, batches: Iterable[Any], first: int = 1) -> Iterator[records.Record]:
@@ -80,7 +86,7 @@ def _seekable(path: str, file: io.BufferedReader) -> Any:
     import pyarrow
 
     if isinstance(file.raw, io.FileIO):
-        return pyarrow.memory_map(path)
+        return pyarrow.OSFile(path)  # a map of a file that is cut meanwhile would end the process
     return pyarrow.BufferReader(file.read())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jft import errors
 from jft.data import examples, records, shapes, turns
 
-Fields = dict[str, Any]  # of an Example: messages, text, tools, rejected, label
+Fields = dict[str, Any]  # of an Example: messages, text, tools, rejected, shared, label
 
 
 def build(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
@@ -104,7 +104,8 @@ def _preference(row: Mapping[str, Any], shape: shapes.Shape) -> Fields:
         raise errors.UserError("the prompt ends with the assistant's turn; take that turn out")
     fields = _with_beside(row, shape, asked + chosen)
     turns.check([*asked, *rejected])
-    return fields | {"rejected": tuple(rejected)}
+    shared = len(fields["messages"]) - len(chosen)
+    return fields | {"rejected": tuple(rejected), "shared": shared}
 
 
 Turns = list[examples.Turn]

@@ -16,7 +16,7 @@ Rows = Iterator[records.Record | examples.Fault]
 
 def read_csv(path: str, file: io.BufferedReader, *, header: bool) -> Rows:
     """Comma-separated fields, quoted where they hold commas, quotes or line ends."""
-    return _read(path, file, ",", csv.QUOTE_MINIMAL, header)
+    return _read(path, file, ",", header)
 
 
 def read_tsv(path: str, file: io.BufferedReader, *, header: bool) -> Rows:
@@ -24,13 +24,14 @@ def read_tsv(path: str, file: io.BufferedReader, *, header: bool) -> Rows:
 
     With the csv module's default one bare quote would swallow the rows that follow it.
     """
-    return _read(path, file, "\t", csv.QUOTE_NONE, header)
+    return _read(path, file, "\t", header)
 
 
-def _read(path: str, file: io.BufferedReader, separator: str, quoting: int, header: bool) -> Rows:
+def _read(path: str, file: io.BufferedReader, separator: str, header: bool) -> Rows:
     csv.field_size_limit(sys.maxsize)  # of the process; its 131,072 would refuse long texts
     # Bytes that are not UTF-8 become halves of surrogate pairs: they spoil their row, not the file.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
     reader = csv.reader(text, delimiter=separator, quoting=quoting, strict=True)
     names: list[str] = []
     number, line = 1, 1

@@ -32,7 +32,9 @@ class Counts:
     """What became of assistant turns, for the report."""
 
     turns: int = 0
-    untrained_turns: int = 0  # greetings, which answer nothing, and what `train_on` and weights leave out
+    untrained_turns: int = (
+        0  # greetings, which answer nothing, and what `train_on` and weights leave out
+    )
     expanded: int = 0  # conversations that took several rows
 
 
@@ -85,7 +87,9 @@ class Encoder:
             _ = self._template  # its own faults are no row's
         texts = self._render(some, answers)
         wanted = [pair for pair in texts if not isinstance(pair, errors.UserError)]
-        ids = iter(self._tokens.encode([text for pair in wanted for text in pair]) if wanted else [])
+        ids = iter(
+            self._tokens.encode([text for pair in wanted for text in pair]) if wanted else []
+        )
         branches: dict[tuple[int, int], list[rows.Row]] = {}
         for answer, pair in zip(answers, texts, strict=True):
             example = some[answer.example]
@@ -130,7 +134,9 @@ class Encoder:
         if not at:
             return found
         end = [self.tokenizer.eos_token_id]
-        for i, ids in zip(at, plain_tokens(self.tokenizer, [some[i].text for i in at]), strict=True):
+        for i, ids in zip(
+            at, plain_tokens(self.tokenizer, [some[i].text for i in at]), strict=True
+        ):
             if isinstance(ids, errors.UserError):
                 found[i] = _fault(some[i], ids)
                 continue
@@ -183,10 +189,16 @@ class Encoder:
     def _render_all(self, turns: Sequence[list[examples.Turn]], tools: Any) -> list[_Texts]:
         for one in turns:
             self._template.check_tools(one, tools)
-        prompts = self._template.render([one[:-1] for one in turns], tools, True)
-        wholes = self._template.render(turns, tools, False)
+        marks = [template.unused_character(one, tools) for one in turns]
+        if tools:
+            marks = [template.unused_character(turns, tools)] * len(turns)
+        prompts = self._template.render([one[:-1] for one in turns], tools, True, marks)
+        wholes = self._template.render(turns, tools, False, marks)
         return [
-            (prompt, whole if whole.text.startswith(prompt.text) else self._behind(prompt, one, tools))
+            (
+                prompt,
+                whole if whole.text.startswith(prompt.text) else self._behind(prompt, one, tools),
+            )
             for one, prompt, whole in zip(turns, prompts, wholes, strict=True)
         ]
 
@@ -199,15 +211,14 @@ class Encoder:
         in a conversation that ends with an answer.
         """
         short = [{"role": "user", "content": "x"}, turns[-1]]
-        asked = self._template.render([short[:-1]], tools, True)[0]
-        whole = self._template.render([short], tools, False)[0]
+        asked = self._template.render([short[:-1]], tools, True, [prompt.mark])[0]
+        whole = self._template.render([short], tools, False, [prompt.mark])[0]
         if not whole.text.startswith(asked.text):
             raise errors.UserError(
                 "the chat template's generation prompt is not how it begins an assistant's turn, so no response can be "
                 "told from its prompt; set data.chat_template to one where it is"
             )
-        answer = whole.text[len(asked.text) :].replace(whole.mark, prompt.mark)
-        return template.Rendered(prompt.text + answer, prompt.mark)
+        return template.Rendered(prompt.text + whole.text[len(asked.text) :], prompt.mark)
 
     def _render_one(self, turns: list[examples.Turn], tools: Any) -> _Texts | errors.UserError:
         try:
@@ -215,9 +226,7 @@ class Encoder:
         except errors.UserError as error:
             return error
 
-    def _row(
-        self, texts: _Texts, ids: tuple[list[int], list[int]], source: str
-    ) -> rows.Row:
+    def _row(self, texts: _Texts, ids: tuple[list[int], list[int]], source: str) -> rows.Row:
         """The ids up to the stop token, of which those behind the prompt are trained."""
         prompt, whole = ids
         start = len(prompt)
@@ -252,7 +261,8 @@ def prompt_tokens(
     turns = template.with_system(messages, system)
     try:
         known.check_tools(turns, tools)
-        return _sound(*_tokens(known).encode(known.render([turns], tools, True)))[0]
+        mark = template.unused_character(turns, tools)
+        return _sound(*_tokens(known).encode(known.render([turns], tools, True, [mark])))[0]
     except errors.UserError as error:
         raise errors.UserError(f"prompt: {error}") from error
 

@@ -45,25 +45,28 @@ class Examined:
 
 
 def examine(
-    trains: Sequence[store.Stored], valids: Sequence[store.Stored], *, near: bool
+    trains: Sequence[store.Stored], valids: Sequence[store.Stored], *, grouped: bool
 ) -> Examined:
-    """Looks at all examples; `near` also groups the near duplicates of the training examples."""
+    """Looks at all examples; `grouped` also finds the groups of near duplicates among the training examples."""
     what = {
         "version": VERSION,
         "train": [one.meta["fingerprint"] for one in trains],
         "valid": [one.meta["fingerprint"] for one in valids],
-        "files": [one.meta["files"] for one in (*trains, *valids)],
-        "near": near,
+        "files": [one.files for one in (*trains, *valids)],
+        "grouped": grouped,
     }
     kept = cache.cache_folder() / f"examined-{cache.hash_of(what)}.npz"
     if kept.is_file():
+        os.utime(kept)
         return _read(kept)
-    found = _look(trains, valids, near)
+    found = _look(trains, valids, grouped)
     _write(kept, found)
     return found
 
 
-def _look(trains: Sequence[store.Stored], valids: Sequence[store.Stored], grouped: bool) -> Examined:
+def _look(
+    trains: Sequence[store.Stored], valids: Sequence[store.Stored], grouped: bool
+) -> Examined:
     examination = checks.Examination(near=False, languages=False)
     signatures = near.Signatures()
     keys: list[bytes] = []
@@ -72,7 +75,7 @@ def _look(trains: Sequence[store.Stored], valids: Sequence[store.Stored], groupe
             examination.add(example)
             keys.append(split.prompt_key(example, 0))
             if grouped:
-                signatures.add(checks.text_of(example))
+                signatures.add(near.text(example))
     for one in valids:
         for example in one.read_examples():
             examination.add(example, valid=True)

@@ -22,7 +22,9 @@ class Example:
     path: str = ""  # the file
     number: int = 0  # the row in it, as in `source`
     text: str = ""
-    tools: tuple[dict[str, Any], ...] = ()  # the functions on offer, as JSON schemas in OpenAI's form
+    tools: tuple[
+        dict[str, Any], ...
+    ] = ()  # the functions on offer, as JSON schemas in OpenAI's form
     rejected: tuple[Turn, ...] = ()
     shared: int = 0
     label: bool | None = None

@@ -199,7 +199,9 @@ def _saved(folder: pathlib.Path) -> tuple[str, ...]:
 def _is_data(path: pathlib.Path) -> bool:
     name = path.name.lower()
     stem = name.split(".")[0]
-    if name.startswith((".", "_")) or kind(name) is None or stem in _DESCRIBING:
+    if name.startswith((".", "_")) or kind(name) is None:
+        return False
+    if kind(name) == "json" and stem in _DESCRIBING:
         return False
     return not (kind(name) in ("txt", "json") and _BESIDE.search(stem))
 

@@ -57,6 +57,7 @@ class Fitted(Generic[Source]):
             tokens, trained = row.tokens[start:stop], row.trained[start:stop]
         return rows.Row(tokens, trained, row.source)
 
+
 def fit(
     source: Source, length: int, overlength: str = "error", *, some: np.ndarray | None = None
 ) -> tuple[Fitted[Source], Fit]:

@@ -71,10 +71,9 @@ class _Mending:
         self._remove: dict[tuple[str, int], str] = {}
         self._repair: dict[tuple[str, int], str] = {}
         for finding in told:
-            wanted = {"remove": self._remove, "repair": self._repair}.get(
-                finding.details.get("fix", "")
-            )
-            for place in finding.places if wanted is not None else ():
+            fates = {"remove": self._remove, "repair": self._repair}
+            wanted = fates.get(finding.details.get("fix", ""), {})
+            for place in finding.places:
                 wanted.setdefault(place, finding.kind)
         self.kept = 0
         self._removed: collections.Counter[str] = collections.Counter()

@@ -16,6 +16,8 @@ ROLES = ("system", "user", "assistant")
 
 # Rows looked at before it is said that the columns are not understood.
 _PEEK = 1000
+# Sets of columns remembered; where every row has its own, memory must not grow with them.
+_PLANS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,7 @@ class Reading:
     """
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    header: bool = (
-        True  # CSV and TSV begin with a line of names; False: they are called "0", "1", ...
-    )
+    header: bool = True  # CSV and TSV begin with a line of names; else these are "0", "1", ...
     separator: str = ""  # splits the text into a prompt, up to and with it, and the response
 
 
@@ -38,10 +38,9 @@ class Table:
     Attributes:
         files: that are read.
         shape: what the columns are, known from the first row that can be used; None if there is none.
-        extra: columns that nothing reads; complete after an iteration.
     """
 
-    def __init__(self, source: str, reading: Reading = Reading()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, source: str, reading: Reading = Reading()) -> None:
         """Looks at the first rows.
 
         Raises:
@@ -49,14 +48,19 @@ class Table:
         """
         self.source, self.reading = source, reading
         self.files = readers.files(source)
-        self.extra: tuple[str, ...] = ()
+        self._seen: dict[str, None] = {}
+        self._used: set[str] = set()
         self._given = shapes.check_columns(reading.columns, reading.separator)
         self.shape: Shape | None = None
         self.shape = self._peek()
 
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Columns that nothing reads; complete after an iteration."""
+        return tuple(name for name in self._seen if name not in self._used)
+
     def __iter__(self) -> Iterator[examples.Example | examples.Fault]:
         plans: dict[tuple[str, ...], _Plan] = {}
-        seen: dict[str, None] = {}
         for record in readers.stream(self.source, header=self.reading.header):
             if isinstance(record, examples.Fault):
                 yield record
@@ -65,10 +69,9 @@ class Table:
                 row = _columns(record.value)
                 names = tuple(row)
                 if names not in plans:
+                    if len(plans) > _PLANS:
+                        plans.clear()
                     plans[names] = self._plan(row)
-                    seen.update(dict.fromkeys(names))
-                    used = {name for plan in plans.values() for name in plan.shape.columns.values()}
-                    self.extra = tuple(name for name in seen if name not in used)
                 fields = plans[names].fields(row)
             except errors.UserError as error:
                 kind = "empty" if isinstance(error, turns.Empty) else "malformed"
@@ -82,36 +85,41 @@ class Table:
     def _peek(self) -> Shape | None:
         """The shape of the first row that can be used; else of the first whose columns are understood."""
         first: Shape | None = None
-        misread: str = ""
-        nothing: str | None = None
-        for record in itertools.islice(
-            readers.stream(self.source, header=self.reading.header), _PEEK
-        ):
+        misread, whole, rows = "", "", 0
+        stream = readers.stream(self.source, header=self.reading.header)
+        for record in itertools.islice(stream, _PEEK):
             if isinstance(record, examples.Fault):
-                nothing = record.message if record.number == 0 and nothing is None else nothing
+                whole = whole or (record.message if record.number == 0 else "")
                 continue
-            nothing = ""
-            place = f"{record.path}:row {record.number}"
+            rows += 1
             try:
                 row = _columns(record.value)
                 shape = shapes.recognise(row, self._given, self.reading.separator)
             except errors.UserError as error:
-                misread = misread or f"{place}: {error}"
+                place = f"{record.path}:row {record.number}"
+                misread = misread or f"{place}: {records.cut(str(error))}"
                 continue
             first = first or shape
-            try:
-                build.build(row, shape)
+            if _usable(row, shape):
                 return shape
-            except errors.UserError:
-                continue
-        if nothing or (first is None and misread):
-            raise errors.UserError(nothing or misread)
+        if whole and not rows:
+            raise errors.UserError(whole)
+        if misread and first is None:
+            raise errors.UserError(misread)
         return first
 
     def _plan(self, row: Mapping[str, Any]) -> "_Plan":
+        shape = self._shape_of(row)
+        self.shape = self.shape or shape
+        self._seen.update(dict.fromkeys(row))
+        self._used.update(shape.columns.values())
+        return _Plan.of(shape, row)
+
+    def _shape_of(self, row: Mapping[str, Any]) -> Shape:
+        """A row's shape, which has to be that of the rows before; optional columns may come and go."""
         first = self.shape
         if first is None:
-            return _Plan.of(shapes.recognise(row, self._given, self.reading.separator), row)
+            return shapes.recognise(row, self._given, self.reading.separator)
         missing = [name for name in first.required.values() if name not in row]
         if missing:
             raise errors.UserError(
@@ -127,7 +135,7 @@ class Table:
                 f"is {shape.describe()}, and the file's rows are {first.describe()}; "
                 "one file holds one shape: mend the row or take it out"
             )
-        return _Plan.of(shape, row)
+        return shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +164,15 @@ class _Plan:
 _LABELLED = ("messages", "prompt/response", "alpaca")
 
 
-def read(source: str, reading: Reading = Reading()) -> list[examples.Example]:  # noqa: B008
+def _usable(row: Mapping[str, Any], shape: Shape) -> bool:
+    try:
+        build.build(row, shape)
+    except errors.UserError:
+        return False
+    return True
+
+
+def read(source: str, reading: Reading = Reading()) -> list[examples.Example]:
     """The examples of a source.
 
     Raises:

@@ -17,9 +17,11 @@ def is_name(source: str) -> bool:
     """Whether a source is a Hub name: what lies on disk, or ends as a data file does, is none."""
     if not _NAME.fullmatch(source) or not ("/" in source or ":" in source):
         return False
-    if source.startswith((".", "/")) or files.kind(source) or pathlib.Path(source).exists():
+    if source.startswith(".") or files.kind(source) or pathlib.Path(source).exists():
         return False
-    return not pathlib.Path(source.split("/")[0]).is_dir() or ":" in source
+    # datasets would read a folder of that name here, by its own rules.
+    name = source.split(":")[0]
+    return not pathlib.Path(name).exists() and not pathlib.Path(name.split("/")[0]).is_dir()
 
 
 def stream(source: str) -> Iterator[records.Record | examples.Fault]:
@@ -30,6 +32,12 @@ def stream(source: str) -> Iterator[records.Record | examples.Fault]:
     """
     batches = load(source).with_format("arrow").iter(batch_size=arrow_rows.BATCH)
     return arrow_rows.rows_of(source, batches)
+
+
+def version(source: str) -> str:
+    """What changes when the set does: the files that the library keeps of it, whose names tell the commit."""
+    loaded = load(source)
+    return " ".join([source, str(len(loaded)), *(file["filename"] for file in loaded.cache_files)])
 
 
 @functools.lru_cache(maxsize=4)
@@ -50,9 +58,9 @@ def load(source: str) -> Any:
         _tell(source, error)
     if isinstance(loaded, dict):
         if len(loaded) != 1:
-            listed = ", ".join(loaded)
-            first = ":".join([name, *([subset] if subset else []), next(iter(loaded), "train")])
-            raise errors.UserError(f"{source}: has the splits {listed}; name one, as {first}")
+            splits = [str(name) for name in loaded] or ["no split"]
+            told = f"has the splits {', '.join(splits)}; name one, as {name}:{splits[0]}"
+            raise errors.UserError(f"{source}: {told}")
         loaded = next(iter(loaded.values()))
     if not len(loaded):
         raise errors.UserError(f"{source}: holds no rows; name another split")
@@ -69,9 +77,9 @@ def _tell(source: str, error: Exception) -> NoReturn:
     elif "gated" in text:
         advice = "ask for access on its page, then log in with `hf auth login`"
     elif isinstance(error, ConnectionError) or "offline" in text.lower():
-        advice = "check the network, or save the data to a file and name that"
+        advice = "check the network; a file is named with its extension"
     elif "scripts are no longer supported" in text or "trust_remote_code" in text:
         advice = "it needs code of its own, which is not run; save its rows to a file and name that"
     else:
-        advice = "check the name; a file needs its extension"
+        advice = "check the name; a file is named with its extension"
     raise errors.UserError(f"{source}: no data set from the Hub: {text}; {advice}") from None

@@ -113,7 +113,7 @@ def load(source: Source, tokenizer: Any, *, seed: int, vocab_size: int) -> Data:
 
     trains = [tokenise(name) for name in source.trains]
     valids = [tokenise(source.valid)] if source.valid else []
-    found = examined.examine(trains, valids, near=not source.valid and source.valid_fraction > 0)
+    found = examined.examine(trains, valids, grouped=not source.valid and source.valid_fraction > 0)
     found.check(source.allow)
     held = np.zeros(sum(one.meta["examples"] for one in trains), bool)
     if not valids:
@@ -191,6 +191,32 @@ class _Sets:
         return found
 
 
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know of a run's data: how it was read, what was left out, what the check found."""
+    train = report["train"]
+    found = []
+    for source in report["sources"]:
+        unused = ", ".join(source["unused_columns"])
+        beside = f" (not read: {unused})" if unused else ""
+        found.append(f"{', '.join(source['files'][:3])}: {source['description']}{beside}")
+    left = {
+        "too long": train["dropped"],
+        "without anything to train": train["untrained"],
+        "prompts cut": train["truncated"],
+        "split in pieces": train["split"],
+    }
+    told = "; ".join(f"{count:,} {what}" for what, count in left.items() if count)
+    found.append(
+        f"{train['kept']:,} rows to train on ({train['trained_tokens']:,} trained tokens), "
+        f"{report['valid']['kept']:,} to validate, {report['test']['kept']:,} to test"
+        + (f"; {told}" if told else "")
+    )
+    for each in report["findings"]:
+        if each["severity"] != "note":
+            found.append(f"{each['severity']}: {each['kind']}: {each['message']}; {each['advice']}")
+    return found
+
+
 def use_template(tokenizer: Any, chosen: str) -> None:
     """Sets the tokenizer's chat template: a file's path, a template's text, or "plain"; "" changes nothing."""
     if not chosen:
@@ -208,12 +234,12 @@ def use_template(tokenizer: Any, chosen: str) -> None:
 
 def _check_kind(found: store.Stored, name: str) -> None:
     shape = found.meta["shape"]
-    if shape == "preference pairs":
+    if shape == "preference":
         raise errors.UserError(
             f"{name}: holds {found.meta['description']}, and this training is on one answer a row: "
             "data.columns.response=chosen (with data.columns.prompt) trains on the chosen ones"
         )
-    if shape == "unpaired preference":
+    if shape == "unpaired":
         raise errors.UserError(
             f"{name}: holds {found.meta['description']}, of which some are labelled bad: data.columns.messages=NAME "
             "(or .prompt and .response) trains on all of them; leave out the rows that should not be learnt"
@@ -222,9 +248,18 @@ def _check_kind(found: store.Stored, name: str) -> None:
 
 def _described(trains: Sequence[store.Stored], found: examined.Examined) -> dict[str, Any]:
     fingerprints = [one.meta["fingerprint"] for one in trains]
-    keys = ("files", "shape", "description", "unused_columns", "turns", "untrained_turns", "expanded")
+    keys = (
+        "shape",
+        "description",
+        "unused_columns",
+        "turns",
+        "untrained_turns",
+        "expanded",
+    )
     return {
-        "sources": [{key: one.meta[key] for key in keys} for one in trains],
-        "fingerprint": fingerprints[0] if len(trains) == 1 else f"sha256:{cache.hash_of(fingerprints)}",
+        "sources": [{"files": one.files} | {key: one.meta[key] for key in keys} for one in trains],
+        "fingerprint": fingerprints[0]
+        if len(trains) == 1
+        else f"sha256:{cache.hash_of(fingerprints)}",
         "findings": [dataclasses.asdict(finding) for finding in found.findings],
     }

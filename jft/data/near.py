@@ -10,7 +10,7 @@ Memory is 9 bytes a row, and some ten times as much while groups are made; signa
 """
 
 import hashlib
-import os
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -34,26 +34,36 @@ _WIDTH = 2 * COLUMNS  # bytes of a signature
 _SEED = 20
 
 # Chinese and Japanese have no spaces: each character is a word. So is each sign that is no
-# punctuation: an operator tells two sums apart, and a smiley two moods. A hyphen is none.
+# punctuation: an operator tells two sums apart, and a smiley two moods. Of dashes only minus signs.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(
-    rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|-(?![^\W\d])|[^\w\s.,;:!?'\"()\[\]{{}}`’‘“”…-]"
-)
+_SIGN = r"(?<!\w)-(?=\d)|[^\w\s.,;:!?'\"()\[\]{}`’‘“”…–—-]"
+_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|{_SIGN}")
+_ASCII_WORD = re.compile(rf"[a-z0-9_]+|{_SIGN}")  # the same, faster
 
-_ASCII_WORD = re.compile(r"[a-z0-9_]+|-(?![a-z])|[^\w\s.,;:!?'\"()\[\]{}`-]")  # the same, faster
+
+def said(turn: examples.Turn) -> str:
+    """All that a turn says: its reasoning, its content and its tool calls."""
+    texts = [turn.get("reasoning_content"), turn.get("content")]
+    if turn.get("tool_calls"):
+        texts.append(json.dumps(turn["tool_calls"], ensure_ascii=False))
+    return "\n".join(text for text in texts if text)
 
 
 def text(example: examples.Example) -> str:
     """What of an example is compared: its turns but the system's, which whole files share."""
-    if not example.messages:
-        return example.text
-    turns = (t for t in (*example.messages, *example.rejected) if t["role"] != "system")
-    return "\n".join(turn.get("content") or str(turn.get("tool_calls", "")) for turn in turns)
+    turns = [t for t in (*example.messages, *example.rejected) if t["role"] != "system"]
+    return "\n".join(map(said, turns)) if example.messages else example.text
 
 
 def words(text: str) -> list[str]:
     """What of a text tells it apart from others: words and signs, without case and punctuation."""
     return (_ASCII_WORD if text.isascii() else _WORD).findall(text.casefold())
+
+
+def turn_words(example: examples.Example) -> list[list[str]]:
+    """The words of each turn, or of the plain text; a turn without words is one word as it stands."""
+    texts = list(map(said, example.messages)) or [example.text]
+    return [words(text[:CHARACTERS]) or [text] for text in texts]
 
 
 class Signatures:
@@ -71,13 +81,13 @@ class Signatures:
     def add(self, text: str) -> None:
         self.add_words(words(text[:CHARACTERS]) or [text])
 
-    def add_words(self, said: list[str]) -> None:
+    def add_words(self, found: list[str]) -> None:
         """Adds a text of these words."""
-        joined = " ".join(said).encode("utf-8", "surrogatepass")
+        joined = " ".join(found).encode("utf-8", "surrogatepass")
         self._hashes += hashlib.blake2b(joined, digest_size=8).digest()
-        self._short.append(len(said) < WORDS)
+        self._short.append(len(found) < WORDS)
         # A pair that stands twice has the same minima as one that stands once.
-        self._waiting.append(list(map(" ".join, zip(said, said[1:], strict=False))))
+        self._waiting.append(list(map(" ".join, zip(found, found[1:], strict=False))))
         if len(self._waiting) >= 1024:
             self._write()
 
@@ -90,7 +100,7 @@ class Signatures:
         # One row for each different text, in the order of their hashes, which is no order of rows.
         _, rows, text_of_row = np.unique(hashes, return_index=True, return_inverse=True)
         long = np.flatnonzero(~np.frombuffer(bytes(self._short), bool)[rows])
-        labels = np.arange(len(rows))
+        labels = np.arange(len(rows), dtype=np.int32)
         if len(long) > 1:
             labels[long] = long[_cluster(self._file, rows[long], threshold)]
         labels = labels[text_of_row]
@@ -114,9 +124,9 @@ def _signatures(pairs: list[list[str]]) -> np.ndarray:
 
 
 def _cluster(file: IO[bytes], rows: np.ndarray, threshold: float) -> np.ndarray:
-    """int64 [n]: for each of these rows of the file, the position of its group's first member."""
+    """int32 [n]: for each of these rows of the file, the position of its group's first member."""
     common = _common(file, rows)
-    labels = np.arange(len(rows))
+    labels = np.arange(len(rows), dtype=np.int32)
     for band in range(0, COLUMNS, BAND):
         keys, telling = _keys(file, common, band)
         pairs = _candidates(keys[rows], telling[rows])
@@ -160,7 +170,7 @@ def _keys(file: IO[bytes], common: np.ndarray, band: int) -> tuple[np.ndarray, n
     for _, chunk in _chunks(file):
         values = chunk[:, columns]
         keys.append((values.astype(np.uint64) * multipliers).sum(1, dtype=np.uint64))
-        telling.append(~common[columns, values].all(1))
+        telling.append(np.logical_not(common[columns, values].all(1)))
     return np.concatenate(keys), np.concatenate(telling)
 
 
@@ -170,7 +180,8 @@ def _candidates(keys: np.ndarray, telling: np.ndarray) -> np.ndarray:
     order = order[np.argsort(keys[order], kind="stable")]
     keys = keys[order]
     starts = np.searchsorted(keys, keys)  # where the run of equal keys starts
-    found = [np.stack([order[starts], order], 1)[starts != np.arange(len(keys))]]
+    later = np.flatnonzero(starts != np.arange(len(keys)))
+    found = [np.stack([order[starts[later]], order[later]], 1)]
     for step in range(1, WINDOW):
         equal = np.flatnonzero(keys[step:] == keys[:-step])
         if not len(equal):
@@ -196,9 +207,11 @@ def _similar(file: IO[bytes], pairs: np.ndarray, common: np.ndarray) -> np.ndarr
 
 def _fetch(file: IO[bytes], rows: np.ndarray) -> np.ndarray:
     """uint16 [n, COLUMNS]: the signatures of some rows."""
-    number = file.fileno()
-    found = b"".join(os.pread(number, _WIDTH, row * _WIDTH) for row in rows.tolist())
-    return np.frombuffer(found, np.uint16).reshape(-1, COLUMNS)
+    found = bytearray()
+    for row in rows.tolist():
+        file.seek(row * _WIDTH)
+        found += file.read(_WIDTH)
+    return np.frombuffer(bytes(found), np.uint16).reshape(-1, COLUMNS)
 
 
 def _join(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -213,4 +226,4 @@ def _join(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     _, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
     component = component[labels]
     _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    return first[inverse]
+    return first[inverse].astype(np.int32)

@@ -25,12 +25,12 @@ class Unread:
 
 def fault(path: str, number: int, what: str, *, kind: str = "malformed") -> examples.Fault:
     """One row that can't be read."""
-    return examples.Fault(kind, f"{path}:row {number}: {what}", path, number)
+    return examples.Fault(kind, f"{path}:row {number}: {cut(what)}", path, number)
 
 
 def whole(path: str, what: str, *, kind: str = "malformed") -> examples.Fault:
     """A file of which no row can be read; its number is 0."""
-    return examples.Fault(kind, f"{path}: {what}", path, 0)
+    return examples.Fault(kind, f"{path}: {cut(what)}", path, 0)
 
 
 def rest(path: str, number: int, what: str, advice: str) -> examples.Fault:
@@ -52,7 +52,14 @@ def kind(value: Any) -> str:
     return names.get(type(value), f"no text but a {type(value).__name__}")
 
 
-def one_line(error: BaseException | str, limit: int = 300) -> str:
+def one_line(error: BaseException | str) -> str:
     """Another library's message in one line."""
     text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def cut(message: str) -> str:
+    """Our own, which may quote a name or a value of any length and with line ends in it."""
+    if not message.isprintable():
+        message = " ".join(message.split())
+    return message if len(message) <= 1000 else message[:999] + "…"

@@ -59,9 +59,7 @@ class Shape:
     kind: str  # prompt/response, alpaca, messages, text, preference, unpaired or multiple choice
     columns: Mapping[str, str]
     separator: str = ""  # that splits the text into a prompt and a response
-    stated: bool = (
-        False  # whether the user named the label's column, so that 0 and 1 are labels too
-    )
+    stated: bool = False  # the user named the label's column, so that 0 and 1 are labels too
 
     @property
     def required(self) -> dict[str, str]:
@@ -193,7 +191,8 @@ def _preference(found: _Columns) -> Shape | None:
     if prompts and lists:
         raise errors.UserError(
             f"{prompts[0]!r} and {lists[0]!r} could each be the prompt; set "
-            f"data.columns.prompt={prompts[0]} or data.columns.messages={lists[0]}"
+            f"data.columns.prompt={prompts[0]}, or data.columns.messages={lists[0]} and "
+            f"data.columns.chosen={chosen[0]}"
         )
     if lists:
         columns = {"messages": found.only("messages", lists)} | columns
@@ -332,5 +331,5 @@ def _near(name: str, names: Sequence[str]) -> str:
 
 
 def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:12])
+    shown = ", ".join(repr(name) if len(name) < 60 else f"{name[:59]!r}…" for name in names[:12])
     return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"

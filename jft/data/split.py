@@ -7,23 +7,22 @@ not change it.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from jft import errors
-from jft.data import examples
+from jft.data import examples, near
 
 
 def prompt_key(example: examples.Example, seed: int) -> bytes:
-    """16 bytes for what the answer answers; case and spacing do not tell two prompts apart.
+    """16 bytes for what the answer answers; case, spacing and punctuation do not tell two prompts apart.
 
     That is all but the last turn, and of a plain text, which has no answer, all of it.
     """
-    turns = example.messages[:-1] or example.messages
-    said = [_turn(turn) for turn in turns] or _plain(example.text)
-    return hashlib.blake2b(json.dumps([seed, said]).encode(), digest_size=16).digest()
+    words = near.turn_words(example)
+    said = "\n".join([str(seed), *(" ".join(turn) for turn in words[:-1] or words)])
+    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def held_out(keys: Sequence[bytes], groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -57,15 +56,6 @@ def held_out(keys: Sequence[bytes], groups: np.ndarray, fraction: float, seed: i
         )
     order = _order(keys, together, len(sizes), seed)
     return _choose(sizes, order, max(1, round(fraction * len(keys))))[together]
-
-
-def _turn(turn: examples.Turn) -> list[object]:
-    said: list[object] = [turn["role"], _plain(turn.get("content") or "")]
-    return [*said, turn["tool_calls"]] if turn.get("tool_calls") else said
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def _together(keys: Sequence[bytes], groups: np.ndarray) -> np.ndarray:

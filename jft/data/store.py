@@ -22,13 +22,22 @@ from jft.data import examples, rows
 
 # Rows in one record batch: the i-th row is in the batch i // BATCH.
 BATCH = 1024
-_ARRAYS = {"lengths": np.int32, "trained": np.int32, "example": np.int64, "file": np.int32, "number": np.int64}
+_ARRAYS = {
+    "lengths": np.int32,
+    "trained": np.int32,
+    "example": np.int64,
+    "file": np.int32,
+    "number": np.int64,
+}
 
 
 class Writer:
-    """Writes a folder; use it with `with`, and `finish` it: what is not finished is taken away."""
+    """Writes a folder; use it with `with`, and `finish` it: what is not finished is taken away.
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    `files` are those that examples come from. They are noted by their places in it: equal files elsewhere give equal rows.
+    """
+
+    def __init__(self, folder: pathlib.Path, files: Sequence[str]) -> None:
         self._target = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._part = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.part", dir=folder.parent))
@@ -36,7 +45,7 @@ class Writer:
         self._examples = _Table(self._part / "examples.arrow", _example_schema())
         self._pending: list[tuple[rows.Row, int]] = []
         self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
-        self._files: dict[str, int] = {}
+        self._files = {path: number for number, path in enumerate(files)}
         self._digest = hashlib.sha256()
         self._largest = (-1, -1)  # token, row
         self.rows = self.examples = 0
@@ -55,7 +64,7 @@ class Writer:
         for text in texts:
             self._digest.update(text.encode())
         self._examples.write(texts)
-        files = [self._files.setdefault(example.path, len(self._files)) for example in some]
+        files = [self._files[example.path] for example in some]
         self._arrays["file"].append(np.array(files, np.int32))
         self._arrays["number"].append(np.array([example.number for example in some], np.int64))
         for example, found in enumerate(encoded, start=self.examples):
@@ -88,9 +97,10 @@ class Writer:
         self._rows.close()
         self._examples.close()
         for name, parts in self._arrays.items():
-            np.save(self._part / f"{name}.npy", np.concatenate([np.zeros(0, _ARRAYS[name]), *parts]))
+            np.save(
+                self._part / f"{name}.npy", np.concatenate([np.zeros(0, _ARRAYS[name]), *parts])
+            )
         own = {
-            "files": list(self._files),
             "examples": self.examples,
             "largest_token": self._largest[0],
             "largest_token_row": self._largest[1],
@@ -107,7 +117,8 @@ class Writer:
 class Stored:
     """The rows of a folder, as `rows.Rows`; each is read when it is asked for."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, files: Sequence[str]) -> None:
+        self.files = tuple(files)  # as they are called now
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
         self.lengths, self.trained = arrays["lengths"], arrays["trained"]
@@ -149,7 +160,7 @@ class Stored:
 
     def place(self, example: int) -> tuple[str, int]:
         """The file of an example and its row in it."""
-        return self.meta["files"][self._file[example]], int(self._number[example])
+        return self.files[self._file[example]], int(self._number[example])
 
     def _source(self, example: int) -> str:
         path, number = self.place(example)
@@ -162,8 +173,10 @@ def _contents(example: examples.Example) -> dict[str, Any]:
     places = ("source", "path", "number")
     kept = {k: v for k, v in fields.items() if k not in places and v not in ((), "", None, 0)}
     # A label may be False, which equals 0.
-    return kept | {"messages": example.messages} | (
-        {} if example.label is None else {"label": example.label}
+    return (
+        kept
+        | {"messages": example.messages}
+        | ({} if example.label is None else {"label": example.label})
     )
 
 

@@ -79,18 +79,23 @@ class Template:
                 )
 
     def render(
-        self, conversations: Sequence[Messages], tools: Tools, generation: bool
+        self,
+        conversations: Sequence[Messages],
+        tools: Tools,
+        generation: bool,
+        marks: Sequence[str],
     ) -> list[Rendered]:
-        """The texts of conversations that share their tools.
+        """The texts of conversations that share their tools; each with its mark (`unused_character` of all it holds).
 
         Raises:
             errors.UserError: the template refuses one of them; which one is not told.
         """
-        marks = [_unused_character(turns) for turns in conversations]
         if tools:
-            marks = [_unused_character(conversations, tools)] * len(conversations)
-            tools = _map_texts(tools, _breaker(self.control, marks[0]))
-        broken = [self._broken(turns, mark) for turns, mark in zip(conversations, marks, strict=True)]
+            (mark,) = set(marks)  # theirs too
+            tools = _map_texts(tools, _breaker(self.control, mark))
+        broken = [
+            self._broken(turns, mark) for turns, mark in zip(conversations, marks, strict=True)
+        ]
         texts = render(self.tokenizer, broken, tools, generation)
         return [Rendered(text, mark) for text, mark in zip(texts, marks, strict=True)]
 
@@ -100,10 +105,9 @@ class Template:
         return [_map_texts(turn, answers if turn["role"] == "assistant" else own) for turn in turns]
 
 
-
 def broken(text: str, control: re.Pattern[str]) -> Rendered:
     """A plain text, without a template: nothing in it is a control token."""
-    mark = _unused_character(text)
+    mark = unused_character(text)
     return Rendered(_breaker(control, mark)(text), mark)
 
 
@@ -205,9 +209,9 @@ def added_tokens(tokenizer: Any) -> dict[str, int]:
 
 def special_tokens(tokenizer: Any) -> set[str]:
     """The texts of tokens that no message may spell, whatever the template."""
-    decoder = tokenizer.added_tokens_decoder
-    special = {str(token) for token in decoder.values() if token.special}
-    return special | {text for text in tokenizer.all_special_tokens if text in added_tokens(tokenizer)}
+    added = added_tokens(tokenizer)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | {text for text in tokenizer.all_special_tokens if text in added}
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -225,7 +229,7 @@ def _found(pattern: re.Pattern[str], texts: Iterable[str]) -> set[str]:
     return {match[0] for text in texts for match in pattern.finditer(text)}
 
 
-def _unused_character(*values: Any) -> str:
+def unused_character(*values: Any) -> str:
     """A private-use character that no text in the values holds."""
     texts = list(_texts(values))
     if not any(MARK in text for text in texts):

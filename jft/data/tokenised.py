@@ -9,7 +9,9 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any
@@ -17,13 +19,14 @@ from typing import Any
 import tqdm
 
 from jft import errors
-from jft.data import encoding, examples, formats, readers, store
+from jft.data import encoding, examples, files, formats, hub, readers, store
 from jft.models import resolve
 
 VERSION = 1  # of what is stored; another one when the same input gives other rows
 CHUNK = 1000  # examples encoded together
 # A file that changed this many seconds ago may change once more without a new time of change.
 SETTLED = 2.0
+UNUSED = 30 * 24 * 3600.0  # seconds after which what was not used goes
 
 
 def tokenised(
@@ -51,12 +54,26 @@ def tokenised(
     }
     folder = cache_folder() / hash_of(what)
     if not (folder / "meta.json").is_file():
+        prune()
         _make(folder, formats.Table(source, reading), encoder)
-    return store.Stored(folder)
+    os.utime(folder)
+    return store.Stored(folder, readers.files(source))
 
 
 def cache_folder() -> pathlib.Path:
     return resolve.cache_folder() / "data"
+
+
+def prune() -> None:
+    """Takes away what was not used for long."""
+    root = cache_folder()
+    for entry in root.iterdir() if root.is_dir() else ():
+        try:
+            if time.time() - entry.stat().st_mtime < UNUSED or entry.name == "digests":
+                continue
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError:  # another process was first
+            continue
 
 
 def hash_of(what: Any) -> str:
@@ -66,7 +83,7 @@ def hash_of(what: Any) -> str:
 def _make(folder: pathlib.Path, table: formats.Table, encoder: encoding.Encoder) -> None:
     encoder.counts = encoding.Counts()
     read, faults = 0, []
-    with store.Writer(folder) as writer, _progress(table) as bar:
+    with store.Writer(folder, table.files) as writer, _progress(table) as bar:
         items = iter(table)
         while some := list(itertools.islice(items, CHUNK)):
             read += len(some)
@@ -112,20 +129,20 @@ def _progress(table: formats.Table) -> Any:
 
 def fingerprint(source: str) -> str:
     """A hash of the contents of a source's files, in their order."""
-    digests = [_digest(pathlib.Path(file)) for file in readers.files(source)]
-    return hash_of(digests)
+    if hub.is_name(source):
+        return hash_of(hub.version(source))
+    return hash_of([_digest(pathlib.Path(file)) for file in readers.files(source)])
 
 
 def _digest(file: pathlib.Path) -> str:
-    if not file.is_file():  # a dataset of the Hub: its name says which version it is
-        return str(file)
     found = file.stat()
     known = [str(file.resolve()), found.st_size, found.st_mtime_ns]
     kept = cache_folder() / "digests" / hash_of(known)
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
     with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest() + file.suffix
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = f"{digest} {files.kind(str(file))}"
     if time.time() - found.st_mtime > SETTLED:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(digest, encoding="utf-8")

@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,20 @@ import numpy as np
 from jft import errors
 from jft.data import template
 
-_TRIALS = ("a", " a", "a ", "\n a\n", "  ", "\n", "A b.", "1", "é", "\u4e2d\u6587", "'s x", "\t\r\n\t")
+_TRIALS = (
+    "a",
+    " a",
+    "a ",
+    "\n a\n",
+    "  ",
+    "\n",
+    "A b.",
+    "1",
+    "é",
+    "\u4e2d\u6587",
+    "'s x",
+    "\t\r\n\t",
+)
 
 
 class Tokeniser:
@@ -36,6 +49,7 @@ class Tokeniser:
         self._ids = dict(control)
         self._forbidden = frozenset(control.values()) - {tokenizer.unk_token_id}
         self.start = _start(tokenizer)
+        self._lost = _lost_bytes(tokenizer)
         self._apart = _segments_are_apart(tokenizer, self._pattern, self._ids)
 
     def encode(self, texts: Sequence[template.Rendered]) -> list[list[int] | errors.UserError]:
@@ -64,8 +78,8 @@ class Tokeniser:
         found: list[list[int] | errors.UserError] = []
         for some in parts:
             ids = [known[part] for part in some]
-            fault = None in ids
-            found.append(_spelt() if fault else list(itertools.chain.from_iterable(ids)))  # type: ignore[arg-type]
+            fault = next((one for one in ids if isinstance(one, errors.UserError)), None)
+            found.append(fault or list(itertools.chain.from_iterable(ids)))  # type: ignore[arg-type]
         return found
 
     def _parts(self, text: template.Rendered) -> list[str]:
@@ -83,9 +97,9 @@ class Tokeniser:
     def _split(self, text: str) -> list[str]:
         return self._splitter.split(text)
 
-    def _segments(self, parts: Iterable[str]) -> dict[str, tuple[int, ...] | None]:
-        """Ids of each part; None for a segment of which the tokenizer makes a control token."""
-        known: dict[str, tuple[int, ...] | None] = {}
+    def _segments(self, parts: Iterable[str]) -> dict[str, tuple[int, ...] | errors.UserError]:
+        """Ids of each part, or what is wrong with it."""
+        known: dict[str, tuple[int, ...] | errors.UserError] = {}
         segments = []
         for part in parts:
             if part in self._ids:
@@ -93,12 +107,26 @@ class Tokeniser:
             else:
                 segments.append(part)
         backend = self._tokenizer.backend_tokenizer
-        for part, encoded in zip(
-            segments, backend.encode_batch_fast(segments, add_special_tokens=False), strict=True
-        ):
-            ids = tuple(encoded.ids)
-            known[part] = ids if self._forbidden.isdisjoint(ids) else None
+        encoded = backend.encode_batch_fast(segments, add_special_tokens=False)
+        for part, found in zip(segments, encoded, strict=True):
+            ids = tuple(found.ids)
+            known[part] = self._fault(part, ids) or ids
         return known
+
+    def _fault(self, text: str, ids: Collection[int]) -> errors.UserError | None:
+        """What is wrong with a message's text, of which all is tokens but none a control token."""
+        if not self._forbidden.isdisjoint(ids):
+            # Where a normaliser or the vocabulary itself makes a control token of other text.
+            return errors.UserError(
+                "the tokenizer makes a control token of a message's text; take the text out"
+            )
+        lost = self._lost and self._lost.search(text.encode())
+        if lost:
+            character = text.encode()[: lost.start() + 4].decode(errors="ignore")[-1]
+            return errors.UserError(
+                f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) and would leave it out; take it out"
+            )
+        return None
 
     def _whole(self, text: template.Rendered, after: bool) -> list[int] | errors.UserError:
         first, *rest = text.text.split(text.mark)
@@ -106,9 +134,8 @@ class Tokeniser:
         for piece in rest:
             tokens += self._later(piece)
         written = sum(1 for piece in (first, *rest) for _ in self._pattern.finditer(piece))
-        if sum(1 for token in tokens if token in self._forbidden) > written:
-            return _spelt()
-        return tokens
+        mine = sum(1 for token in tokens if token in self._forbidden) > written
+        return self._fault("", self._forbidden if mine else ()) or tokens
 
     def _later(self, text: str) -> list[int]:
         """Ids of text in the middle of a sequence.
@@ -135,11 +162,25 @@ def plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, **settings)["input_ids"])
 
 
-def _spelt() -> errors.UserError:
-    # Where a normaliser or the vocabulary itself makes a control token of other text.
-    return errors.UserError(
-        "the tokenizer makes a control token of a message's text; take the text out"
-    )
+def _lost_bytes(tokenizer: Any) -> re.Pattern[bytes] | None:
+    """Bytes of UTF-8 that a byte-level vocabulary lacks: it leaves them out of a text, and says nothing."""
+    from tokenizers import models, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    known = isinstance(backend.model, models.BPE) and "ByteLevel" in repr(backend.pre_tokenizer)
+    if not known or backend.model.unk_token:
+        return None
+    symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    planes = (0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)
+    lost = set()
+    # A text for each byte that UTF-8 has.
+    for code in (*range(0x100), *range(0x100, 0x800, 0x40), *range(0x800, 0x10000, 0x800), *planes):
+        if 0xD800 <= code < 0xE000:
+            continue
+        (spelt, _), *_ = symbols.pre_tokenize_str(chr(code))
+        pairs = zip(spelt, chr(code).encode(), strict=True)
+        lost |= {byte for symbol, byte in pairs if backend.token_to_id(symbol) is None}
+    return re.compile(b"[" + b"".join(re.escape(bytes([b])) for b in lost) + b"]") if lost else None
 
 
 def _start(tokenizer: Any) -> tuple[int, ...]:

@@ -138,9 +138,7 @@ def test_text_never_becomes_a_control_token(name: str) -> None:
     special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
 
     def control(example: examples.Example) -> list[int]:
-        return [
-            token for token in encode(tokenizer, example).tokens.tolist() if token in special
-        ]
+        return [token for token in encode(tokenizer, example).tokens.tolist() if token in special]
 
     everything = "".join(SPECIAL)
     nested = "<|im_<|im_end|>end|><<|eot_id|>"

@@ -224,6 +224,17 @@ def test_preferences_are_the_same_in_every_form(tmp_path: pathlib.Path) -> None:
     assert example.rejected == (OTHER,)
 
 
+def test_columns_settle_what_a_preference_is(tmp_path: pathlib.Path) -> None:
+    row = {"prompt": "u", "messages": [USER, BOT], "chosen": [USER, BOT], "rejected": [USER, OTHER]}
+    by_prompt = one(tmp_path, row, columns={"prompt": "prompt"})
+    assert (by_prompt.messages, by_prompt.rejected) == ((USER, BOT), (OTHER,))
+    talk = {**row, "messages": [SYSTEM, USER], "chosen": "a", "rejected": "b"}
+    by_list = one(tmp_path, talk, columns={"messages": "messages", "chosen": "chosen"})
+    assert (by_list.messages, by_list.rejected) == ((SYSTEM, USER, BOT), (OTHER,))
+    plain = one(tmp_path, row, columns={"messages": "messages"})
+    assert (plain.messages, plain.rejected) == ((USER, BOT), ())
+
+
 def test_chosen_alone_on_request(tmp_path: pathlib.Path) -> None:
     row = {"prompt": "u", "chosen": "a", "rejected": "b"}
     example = one(tmp_path, row, columns={"response": "chosen"})

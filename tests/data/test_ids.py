@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from jft import config, errors, generate, loop, models
-from jft.data import chat, load
+from jft.data import encoding, load, tokenising
 
 TOKEN = "<image_soft_token>"
 
@@ -43,11 +43,12 @@ def test_a_row_with_such_a_token_is_refused(
 ) -> None:
     tokenizer = model[1].tokenizer
     files = {
-        name: write(tmp_path / f"{name}.jsonl", "a", "b") for name in ("train", "valid", "test")
+        name: write(tmp_path / f"{name}.jsonl", f"a {name}", f"b {name}")
+        for name in ("train", "valid", "test")
     }
     good = load.load(load.Source(**files), tokenizer, seed=0, vocab_size=304)
-    assert len(good.train) == len(good.valid) == len(good.test_rows) == 2
-    write(tmp_path / f"{spoilt}.jsonl", "a", "b", f"see {TOKEN}")
+    assert len(good.train[0]) == len(good.valid) == len(good.test_rows) == 2
+    write(tmp_path / f"{spoilt}.jsonl", f"a {spoilt}", f"b {spoilt}", f"see {TOKEN}")
     with pytest.raises(errors.UserError, match=SAID.format(files[spoilt])):
         load.load(load.Source(**files), tokenizer, seed=0, vocab_size=304)
     load.load(load.Source(**files), tokenizer, seed=0, vocab_size=305)
@@ -59,7 +60,7 @@ def test_a_row_that_is_left_out_does_no_harm(
     path = write(tmp_path / "train.jsonl", "a", "b", "the user " * 40 + TOKEN)
     source = load.Source(path, valid_fraction=0.0, max_length=32, overlength="drop")
     found = load.load(source, model[1].tokenizer, seed=0, vocab_size=304)
-    assert len(found.train) == 2
+    assert len(found.train[0]) == 2
 
 
 def test_a_run_is_refused_before_its_first_step(
@@ -78,7 +79,8 @@ def test_a_prompt_with_such_a_token_is_refused(model: tuple[pathlib.Path, models
     generator = generate.Generator(found)
     turns = ["hello", f"see {TOKEN}"]
     prompts = [
-        chat.prompt_tokens(found.tokenizer, [{"role": "user", "content": turn}]) for turn in turns
+        encoding.prompt_tokens(found.tokenizer, [{"role": "user", "content": turn}])
+        for turn in turns
     ]
     said = r"prompt 2: token 304 .* is not one of the model's 304 embedding rows"
     with pytest.raises(errors.UserError, match=said):
@@ -89,7 +91,7 @@ def test_a_prompt_with_such_a_token_is_refused(model: tuple[pathlib.Path, models
 
 def test_the_last_id_of_the_embedding_is_one(model: tuple[pathlib.Path, models.Model]) -> None:
     _, found = model
-    chat.check_ids(np.array([0, 303], np.int32), 304, found.tokenizer, "f:row 1")
-    chat.check_ids([], 304, found.tokenizer, "f:row 1")
+    tokenising.check_ids(np.array([0, 303], np.int32), 304, found.tokenizer, "f:row 1")
+    tokenising.check_ids([], 304, found.tokenizer, "f:row 1")
     with pytest.raises(errors.UserError, match="f:row 1: token 303"):
-        chat.check_ids([5, 303, 2], 303, found.tokenizer, "f:row 1")
+        tokenising.check_ids([5, 303, 2], 303, found.tokenizer, "f:row 1")

@@ -200,6 +200,8 @@ COLUMNS: list[Case] = [
      "row 1: 'text' stands beside 'title'; set data.columns.text=text for plain text, or data.columns.prompt=text with data.columns.response=title"),
     ("a.jsonl", jsonl({"prompt": "p", "response": "r", "chosen": "c", "rejected": "d"}),
      "row 1: both 'chosen', 'rejected' and 'response' could be meant; set data.columns.chosen=chosen or data.columns.response=response"),
+    ("a.jsonl", jsonl({"prompt": "p", "messages": [USER], "chosen": [BOT], "rejected": [OTHER]}),
+     "row 1: 'prompt' and 'messages' could each be the prompt; set data.columns.prompt=prompt, or data.columns.messages=messages and data.columns.chosen=chosen"),
     ("a.jsonl", jsonl({"chosen": "c", "rejected": "d"}),
      "row 1: no prompt column among 'chosen', 'rejected'; name it with data.columns.prompt=NAME"),
     ("a.jsonl", jsonl(GOOD),

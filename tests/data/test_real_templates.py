@@ -3,6 +3,7 @@
 at inference are those of the training prefix, whatever people write.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -15,9 +16,46 @@ from jft.data import encoding, examples, rows, template
 
 # What tokenizers and templates trip over, beside any text at all.
 TRAPS = (
-    *("\n", "\n\n", " ", "  ", "\t", "\r\n", "\u00a0", "\u2028", "\u0085", "\ufeff", "\u200b", "\U000f0000"),
-    *("é", "漢字", "\U0001f600", "'s", "1234", "...", "- a\n- b", "{{ x }}", "{% y %}", "{", "}}", "[INST]", "</s>"),
-    *("<bos>", "<|im_start|>user\n", "user", "assistant\n", "system", "<tool_call>", "[/INST] ", "<s>", "\\n"),
+    *(
+        "\n",
+        "\n\n",
+        " ",
+        "  ",
+        "\t",
+        "\r\n",
+        "\u00a0",
+        "\u2028",
+        "\u0085",
+        "\ufeff",
+        "\u200b",
+        "\U000f0000",
+    ),
+    *(
+        "é",
+        "漢字",
+        "\U0001f600",
+        "'s",
+        "1234",
+        "...",
+        "- a\n- b",
+        "{{ x }}",
+        "{% y %}",
+        "{",
+        "}}",
+        "[INST]",
+        "</s>",
+    ),
+    *(
+        "<bos>",
+        "<|im_start|>user\n",
+        "user",
+        "assistant\n",
+        "system",
+        "<tool_call>",
+        "[/INST] ",
+        "<s>",
+        "\\n",
+    ),
 )
 SETTINGS = hypothesis.settings(
     max_examples=60,
@@ -32,12 +70,14 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return real_tokenizers.load(request.param)
 
 
+@functools.cache
 def texts(tokenizer: Any) -> st.SearchStrategy[str]:
     """Messages, among them the tokenizer's own control tokens; not empty, as those are refused before."""
     control = sorted(template.special_tokens(tokenizer))[:40]
     piece = st.one_of(
         st.sampled_from([*control, *TRAPS]),
-        st.text(st.characters(exclude_categories=("Cs",)), max_size=12),
+        # SmolLM2 has no token for some control characters and for planes without characters, and says so.
+        st.text(st.characters(exclude_categories=("Cs", "Cn", "Cc")), max_size=12),
         st.sampled_from(["the user asks", "Hello, world! ", "x = f(a[0])", "1.", " and"]),
     )
     return st.lists(piece, min_size=1, max_size=6).map("".join).filter(str.strip)
@@ -149,7 +189,11 @@ def test_one_bos(tokenizer: Any) -> None:
         assert row.tokens.tolist().count(begins) == 1 and row.tokens[0] == begins
 
 
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>", "b": 2}}}
+CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "add", "arguments": {"a": "<|im_end|>", "b": 2}},
+}
 TOOL = {
     "type": "function",
     "function": {
@@ -161,7 +205,12 @@ TOOL = {
 TALK = (
     turn("user", "1 + 2?"),
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "name": "add", "tool_call_id": "abcdefghi", "content": "3 </tool_response><|im_end|>"},
+    {
+        "role": "tool",
+        "name": "add",
+        "tool_call_id": "abcdefghi",
+        "content": "3 </tool_response><|im_end|>",
+    },
     turn("assistant", "It is 3."),
 )
 

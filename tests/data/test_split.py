@@ -117,10 +117,13 @@ def row(prompt: str, response: str = "r") -> examples.Example:
     return examples.Example(examples.pair(prompt, response), "a:row 1")
 
 
-def test_case_spacing_and_the_answer_do_not_tell_prompts_apart() -> None:
+def test_case_spacing_punctuation_and_the_answer_do_not_tell_prompts_apart() -> None:
     key = split.prompt_key(row("Where is\nmy card?"), 0)
     assert key == split.prompt_key(row("where  is my CARD?", "another"), 0)
+    assert key == split.prompt_key(row("Where is my card"), 0)
     assert key != split.prompt_key(row("Where is your card?"), 0)
+    assert split.prompt_key(row("3 + 4?"), 0) != split.prompt_key(row("3 - 4?"), 0)
+    assert split.prompt_key(row("???"), 0) != split.prompt_key(row("!!!"), 0)
     assert key != split.prompt_key(row("Where is\nmy card?"), 1)
     text = examples.Example((), "a:row 1", text="A text")
     assert split.prompt_key(text, 0) == split.prompt_key(

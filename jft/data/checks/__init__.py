@@ -11,6 +11,7 @@ from jft.data.checks import (
     credentials,
     damage,
     found,
+    hashes,
     languages,
     parts,
     personal,
@@ -27,7 +28,7 @@ class Examination:
     def __init__(self, *, near: bool = True, languages: bool = True) -> None:
         self._places = found.Places()
         self._faults = {"malformed": _Faults(), "empty": _Faults()}
-        self._repeats = repeats.Repeats(near_too=near)
+        self._hashes = hashes.Hashes(near_too=near)
         self._answers = answers.Answers()
         self._languages = _languages() if languages else None
         self._texts = (
@@ -43,7 +44,7 @@ class Examination:
         if isinstance(item, examples.Fault):
             self._faults[item.kind].add(row, item.message)
             return
-        whole = self._repeats.add(row, item)
+        whole = self._hashes.add(row, item)
         if not valid:
             self._answers.add(row, item)
         if self._languages is not None:
@@ -55,7 +56,7 @@ class Examination:
     def findings(self) -> list[findings.Finding]:
         """What was found: errors first, then in the order of `findings.KINDS`."""
         told = [f for kind, faults in self._faults.items() for f in faults.told(kind, self._places)]
-        told += self._repeats.told(self._places)
+        told += repeats.told(self._hashes.columns(self._places), self._places)
         told += self._answers.told(self._places)
         if self._languages is not None:
             told += self._languages.told(self._places)

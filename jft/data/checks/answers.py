@@ -4,8 +4,8 @@
 import array
 import collections
 
-from jft.data import examples, findings
-from jft.data.checks import found, parts
+from jft.data import examples, findings, near
+from jft.data.checks import found
 
 CHARACTERS = 60  # of an answer that can be a class
 CLASSES = 2000  # more different answers than these are no classes
@@ -19,19 +19,19 @@ LABEL = 0.8  # of the rows have one label
 
 
 class Answers:
-    """4 bytes a row: which of the short answers it gives."""
+    """8 bytes a row: its number, and which of the short answers it gives."""
 
     def __init__(self) -> None:
         self._classes: dict[str, int] = {}
         self._class = array.array("i")  # -1: no short answer
-        self._row = array.array("q")
+        self._row = array.array("i")
         self._labels: collections.Counter[bool] = collections.Counter()
 
     def add(self, row: int, example: examples.Example) -> None:
         if example.label is not None:
             self._labels[example.label] += 1
         elif example.messages and not example.rejected:
-            answer = parts.said(example.messages[-1]).strip()
+            answer = near.said(example.messages[-1]).strip()
             short = len(answer) <= CHARACTERS and "\n" not in answer
             number = self._number(answer) if short else -1
             self._class.append(number)
@@ -82,8 +82,8 @@ class Answers:
         uneven = largest > LARGEST * total
         warned = uneven or len(tiny) >= max(2, TINY_SHARE * len(counts))
         message = (
-            f"the answers are {len(counts)} classes; {names[number]!r} has {largest / total:.1%} of the rows, "
-            f"{found.plural(len(tiny), 'class').replace('classs', 'classes')} fewer than {TINY} rows"
+            f"the answers are {len(counts)} classes: {names[number]!r} has {largest / total:.1%} of the rows, "
+            f"{len(tiny)} have fewer than {TINY} rows"
         )
         return [
             findings.Finding(

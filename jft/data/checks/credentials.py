@@ -9,7 +9,7 @@ from jft.data.checks import found
 SECRETS = found.Words(
     "secret",
     "warning",
-    "hold what looks like a secret",
+    "with what looks like a secret",
     "take them out (--fix removes the rows) and revoke what is real: a model can be made to recite it",
     fix="remove",
 )
@@ -29,7 +29,7 @@ _FORMS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("npm token", ("npm_",), r"\bnpm_(?P<value>[A-Za-z0-9]{36})\b"),
     ("PyPI token", ("pypi-AgEI",), r"\bpypi-AgEI(?P<value>[\w-]{50,})"),
     ("SendGrid key", ("SG.",), r"\bSG\.(?P<value>[\w-]{22}\.[\w-]{43})"),
-    ("signed token (JWT)", ("eyJ",), r"\beyJ[\w-]{10,}\.eyJ(?P<value>[\w-]{10,}\.[\w-]{20,})"),
+    ("signed token (JWT)", ("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{5,}\.(?P<value>[\w-]{20,})"),
     (
         "private key",
         ("PRIVATE KEY",),

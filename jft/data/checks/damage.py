@@ -13,27 +13,27 @@ from jft.data.checks import found, parts
 ENCODING = found.Words(
     "encoding",
     "warning",
-    "hold text with a damaged encoding",
+    "with text of a damaged encoding",
     "repair what can be repaired with --fix (mojibake); for the rest, read the source again with its right encoding",
     fix="repair",
 )
 INVISIBLE = found.Words(
     "encoding",
     "note",
-    "hold characters that can't be seen",
+    "with characters that can't be seen",
     "strip them where they carry no meaning: the model sees them as tokens",
 )
 REPETITION = found.Words(
     "repetition",
     "warning",
-    "repeat themselves without end",
+    "with text that repeats itself without end",
     "take the rows out (--fix does), or cut the loop: a model learns it quickly",
     fix="remove",
 )
 REJECTED = found.Words(
     "repetition",
     "note",
-    "have a rejected answer that repeats itself without end",
+    "with a rejected answer that repeats itself without end",
     "keep them if such loops are what the model shall unlearn; an answer this bad teaches little else",
 )
 
@@ -44,12 +44,11 @@ _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\U000e0001
 # A character read as another encoding's becomes two or more; one curly quote alone is no damage.
 _SUSPECT = re.compile("[^\x00-\x7f]{2}|[ÂÃâÐÑ] ")
 
-WINDOW = 20_000  # characters looked at together: a loop in a long document is not thinned out
+WINDOW = 5000  # characters looked at together: a loop in a long document is not thinned out
 SHORTEST = 200  # characters: below it, repeating is style
 RATIO = 0.4  # of compressed to plain bytes; prose of some hundred characters is at 0.5
 LONGEST_UNIT = 250  # characters of the repeated piece
 LOOP = 0.4  # of a window that is repetition
-LOOP_CHARACTERS = 2000  # ... or so much of it
 _END = re.compile(r"[\n.!?。！？]+")
 _BULLET = re.compile(r"^[\s\d.)*\-#]+")
 
@@ -105,7 +104,7 @@ def is_loop(text: str) -> bool:
         data = window.encode("utf-8", "surrogatepass")
         if len(data) < SHORTEST or len(zlib.compress(data, 1)) > RATIO * len(data):
             continue
-        enough = min(LOOP * len(window), LOOP_CHARACTERS)
+        enough = LOOP * len(window)
         if _looped(window) >= enough or _same_sentence(window) >= enough:
             return True
     return False
@@ -116,8 +115,10 @@ def _looped(text: str) -> int:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     covered = np.zeros(len(codes), bool)
     for unit in range(1, min(LONGEST_UNIT, len(codes) // 5) + 1):
-        equal = np.concatenate([[False], codes[unit:] == codes[:-unit], [False]])
-        edges = np.flatnonzero(equal[1:] != equal[:-1]).reshape(-1, 2)  # runs of equal places
+        equal = codes[unit:] == codes[:-unit]
+        if np.count_nonzero(equal) < max(4 * unit, 50, LOOP / 2 * len(codes)):
+            continue
+        edges = np.flatnonzero(np.diff(equal, prepend=False, append=False)).reshape(-1, 2)
         for first, last in edges[edges[:, 1] - edges[:, 0] >= max(4 * unit, 50)]:
             covered[first : last + unit] = True
     return int(covered.sum())

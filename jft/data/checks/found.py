@@ -3,13 +3,13 @@
 
 import array
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from jft.data import findings
 from jft.data.checks import parts
 
-LISTED = 100  # groups or lines in `details`, which people read; `places` always holds every row
+LISTED = 100  # groups or classes in `details`, which people read; `places` always holds every row
 
 
 class Places:
@@ -45,7 +45,7 @@ class Found:
         return bool(self._rows)
 
     def add(self, row: int, pattern: str, part: str) -> None:
-        rows = self._rows.setdefault((pattern, part), array.array("q"))
+        rows = self._rows.setdefault((pattern, part), array.array("i"))
         if not rows or rows[-1] != row:
             rows.append(row)
 
@@ -79,7 +79,7 @@ class Words:
 
     kind: str
     severity: str
-    what: str  # "hold something": the message is "3 rows hold something (...)"
+    what: str  # "with a secret": the message is "3 rows with a secret (...)"
     advice: str
     fix: str = ""
 
@@ -108,7 +108,3 @@ def tell(words: Words, found: Found, places: Places) -> list[findings.Finding]:
 def plural(count: int, noun: str) -> str:
     """ "1 row", "2 rows", "12,000 rows"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def listed(items: Sequence[Any]) -> list[Any]:
-    return list(items[:LISTED])

@@ -7,9 +7,10 @@ from jft.data import examples, findings
 from jft.data.checks import found
 
 SAMPLE = 5000  # rows whose language is asked for
-LETTERS = 80  # a text needs so many, and must be mostly letters, to have a language
-READ = 200  # characters read
-SURE = 0.99  # probability
+LETTERS = 60  # a text needs so many, and must be mostly letters, to have a language
+READ = 160  # characters read
+# Probabilities. Other scripts than Latin are told apart well, and their short texts are less sure.
+SURE, SURE_WIDE = 0.97, 0.9
 SMALL = 0.05  # of the rows: a language below this is rather an accident
 
 
@@ -34,7 +35,8 @@ class Languages:
         if hash & ((1 << self._bits) - 1):
             return
         language, probability = self._identify(text)
-        self._kept[row] = (hash, language if probability >= SURE else "")
+        sure = probability >= (SURE if text.isascii() else SURE_WIDE)
+        self._kept[row] = (hash, language if sure else "")
         while len(self._kept) > SAMPLE:
             self._bits += 1
             mask = (1 << self._bits) - 1
@@ -84,5 +86,4 @@ def _prose(text: str) -> str:
     letters = sum(map(str.isalpha, text))
     # A character of Chinese or Japanese says as much as a few letters.
     needed = LETTERS if text.isascii() else LETTERS // 2
-    spaced = letters + text.count(" ")
-    return text if letters >= needed and spaced >= 0.8 * len(text) and "{" not in text else ""
+    return text if letters >= needed and letters + text.count(" ") >= 0.75 * len(text) else ""

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An example as texts, each with what training makes of it."""
 
-import json
 from collections.abc import Iterator
 
-from jft.data import examples
+from jft.data import examples, near
 
 # What a text is. Only an answer is trained; a rejected one is there to be worse, so that a refusal or
 # a loop in it is no fault of the data.
@@ -20,14 +19,6 @@ def parts(example: examples.Example) -> Iterator[tuple[str, str]]:
     for turn in example.messages:
         trained = turn["role"] == "assistant" and turn.get("weight", 1)
         answer = REJECTED if example.label is False else ANSWER
-        yield said(turn), answer if trained else CONTEXT
+        yield near.said(turn), answer if trained else CONTEXT
     for turn in example.rejected:
-        yield said(turn), REJECTED if turn["role"] == "assistant" else CONTEXT
-
-
-def said(turn: examples.Turn) -> str:
-    """All that a turn says: its reasoning, its content and its tool calls."""
-    texts = [turn.get("reasoning_content"), turn.get("content")]
-    if turn.get("tool_calls"):
-        texts.append(json.dumps(turn["tool_calls"], ensure_ascii=False))
-    return "\n".join(text for text in texts if text)
+        yield near.said(turn), REJECTED if turn["role"] == "assistant" else CONTEXT

@@ -10,7 +10,7 @@ from jft.data.checks import found
 PERSONAL = found.Words(
     "personal_data",
     "warning",
-    "hold what looks like personal data",
+    "with what looks like personal data",
     "make sure that you may train on it, or replace it: a model can be made to recite it",
 )
 

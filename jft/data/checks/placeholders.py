@@ -13,20 +13,20 @@ from jft.data.checks import found, parts
 HOLES = found.Words(
     "placeholder",
     "warning",
-    "hold text that stands for another",
+    "with text that stands for another",
     "fill the holes, or take the rows out (--fix does): the model learns to say them",
     fix="remove",
 )
 REFUSALS = found.Words(
     "placeholder",
     "note",
-    "answer with a refusal",
+    "with an answer that refuses",
     "keep only those that you want: a model that is shown refusals refuses more",
 )
 UNKNOWN = found.Words(
     "placeholder",
     "note",
-    "hold a token of another tokenizer's vocabulary as text",
+    "with a token of another tokenizer's vocabulary as text",
     "put the words back from the source, if you can: the model learns to write the token's name",
 )
 
@@ -52,7 +52,9 @@ _BRACKET = re.compile(
     re.I,
 )
 _ANGLE = re.compile(r"<(?:insert|your|enter|add)[ _-][^<>\n=/]{1,40}>", re.I)
-_TODO = re.compile(r"\b(?:TODO|FIXME|TBD)\b\s*[:\n]|^\W*(?:TODO|TBD|FIXME|placeholder)\W*$", re.M)
+_TODO = re.compile(
+    r"\b(?:TODO|FIXME|TBD)\b\s*[:\n]|^[^\w\n]*(?:TODO|TBD|FIXME|placeholder)[^\w\n]*$", re.M
+)
 _SELF = re.compile(
     r"\bas an? (?:large |artificial intelligence )?(?:AI|artificial intelligence|language)"
     r"(?: language)? ?(?:model|assistant|chatbot|program|system)?(?:,| I\b| created| developed| trained)"

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and start-up of large data: a file of so many gigabytes tokenised, checked and split, then opened again.
+
+    python tools/bench_data.py FILE.jsonl                  # its rows, made different by a number, 2 GB of them: 20 minutes
+    python tools/bench_data.py FILE.jsonl --gigabytes=0.1  # a minute
+
+Each turn is a process of its own. Memory is what a process holds apart from mapped files (RssAnon), sampled ten times a
+second, since pages of a memory map are the system's to take back.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="a JSONL file of prompt/response rows")
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="whose tokenizer is used")
+    parser.add_argument("--turn", choices=["load"], help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.turn:
+        load(flags.data, flags.model)
+        return
+    from jft import models
+
+    models.load_tokenizer(flags.model)  # fetched before the clock runs
+    with tempfile.TemporaryDirectory() as folder:
+        cache = pathlib.Path(folder, "cache")
+        for sizes in (flags.gigabytes / 20, flags.gigabytes):
+            path = pathlib.Path(folder, f"{sizes:g}.jsonl")
+            rows = write(path, pathlib.Path(flags.data), int(sizes * 1e9))
+            print(f"{path.stat().st_size / 1e9:.2f} GB, {rows:,} rows")
+            for what in ("first", "again"):
+                report = turn(path, flags.model, cache)
+                print(f"  {what}: {report}", flush=True)
+
+
+def write(path: pathlib.Path, source: pathlib.Path, size: int) -> int:
+    """Rows of the source over and over, each with a number in its prompt and in its answer."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line]
+    names = list(rows[0])[:2]
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        while file.tell() < size:
+            row = rows[count % len(rows)]
+            made = {name: f"{row[name]}\n{count * 7919 % 1000003} {count}" for name in names}
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def turn(path: pathlib.Path, model: str, cache: pathlib.Path) -> str:
+    command = [sys.executable, __file__, str(path), "--turn=load", f"--model={model}"]
+    # The models' own cache is beside the rows' and is not moved.
+    done = subprocess.run(
+        command, env=os.environ | {"BENCH_CACHE": str(cache)}, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return done.stdout.strip()
+
+
+def load(path: str, model: str) -> None:
+    """Opens the data as a run does, and reads a few batches."""
+    from jft import models
+    from jft.data import batches, tokenised
+    from jft.data import load as loading
+
+    tokenised.cache_folder = lambda: pathlib.Path(os.environ["BENCH_CACHE"])
+    tokenizer = models.load_tokenizer(model)
+    before, peak = anonymous(), Peak()
+    began = time.perf_counter()
+    source = loading.Source(path, max_length=2048, overlength="drop")
+    found = loading.load(source, tokenizer, seed=0, vocab_size=10**6)
+    opened = time.perf_counter() - began
+    packed = batches.Batches(found.train, batch_size=8, length=2048, seed=0)
+    packed.batch(packed.steps_per_epoch // 2)
+    total = time.perf_counter() - began
+    print(
+        f"{opened:.2f} s to open, {total:.2f} s to a batch from the middle of an epoch; "
+        f"{(peak.stop() - before) / 1e6:.0f} MB above the {before / 1e6:.0f} MB before"
+    )
+
+
+class Peak:
+    """The most memory so far, sampled by a thread."""
+
+    def __init__(self) -> None:
+        self._most, self._going = 0, True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while self._going:
+            self._most = max(self._most, anonymous())
+            time.sleep(0.1)
+
+    def stop(self) -> int:
+        self._going = False
+        self._thread.join()
+        return self._most
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that are no file's."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no RssAnon in /proc/self/status: this needs Linux")
+
+
+if __name__ == "__main__":
+    main()
