@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jft import errors
-from jft.data import checks, encoded, encoding, examples, findings, formats, lengths, rows
+from jft.data import accounting, checks, encoding, examples, findings, formats, lengths, rows
 from jft.terminal import showing
 
 # Kinds whose rows are not trained on.
@@ -98,18 +98,17 @@ class _Reader:
         self._read, self._faults = 0, 0
         self.shown: list[showing.Shown] = []
         self.model, self.tokenizer = _open(asked)
-        self._encoded, self._answers = None, None
+        self._account, self._answers = None, None
         if self.tokenizer is not None:
-            self._encoded = encoded.Encoded(
+            self._account = accounting.Account(
                 encoding.Encoder(self.tokenizer, train_on=asked.train_on, system=asked.system),
-                self.tokenizer,
-                encoded.Limits(
+                accounting.Limits(
                     asked.max_length,
                     asked.overlength,
                     self.model.config.vocab_size if self.model else 0,
                 ),
             )
-        if self.model is not None:
+        if self.model is not None and asked.outliers:
             from jft import outliers
 
             self._answers = outliers.Answers(asked.outliers)
@@ -119,7 +118,7 @@ class _Reader:
         waiting = progress(table, "rows")
         while chunk := list(itertools.islice(waiting, _CHUNK)):
             understood = [item for item in chunk if isinstance(item, examples.Example)]
-            made = iter(self._encoded.add(understood) if self._encoded else [[]] * len(understood))
+            made = iter(self._account.add(understood) if self._account else [[]] * len(understood))
             for item in chunk:
                 self._examination.add(item)
                 if isinstance(item, examples.Fault):
@@ -129,14 +128,22 @@ class _Reader:
                     self._take(item, next(made))
             self._read += len(chunk)
 
-    def _take(self, example: examples.Example, made: list[rows.Row] | examples.Fault) -> None:
+    def _take(self, example: examples.Example, made: encoding.Encoded) -> None:
         self._measure(lengths.of_text(example))
         self._show(example, made)
-        for row in made if isinstance(made, list) else ():
+        if isinstance(made, examples.Fault) or not made:
+            return
+        for row in made:
             trained = int(row.trained[1:].sum())
             self._measure({"tokens": len(row.tokens), "trained_tokens": trained})
-            if self._answers is not None and trained:
-                self._answers.add(row, (example.path, example.number))
+        if self._answers is not None and self._known(made):
+            # Of a preference pair the first row is the chosen answer's.
+            row = made[0] if example.rejected else max(made, key=lambda row: row.trained.sum())
+            self._answers.add(row, (example.path, example.number))
+
+    def _known(self, made: list[rows.Row]) -> bool:
+        """Whether the model has an embedding of every token: a tokenizer may know more."""
+        return max(row.tokens.max() for row in made) < self.model.config.vocab_size
 
     def read_valid(self, table: formats.Table) -> None:
         for item in progress(table, "held-out rows"):
@@ -146,14 +153,12 @@ class _Reader:
         for name, value in values.items():
             self._measures.setdefault(name, lengths.Lengths()).add(value)
 
-    def _show(
-        self, item: examples.Example | examples.Fault, made: list[rows.Row] | examples.Fault
-    ) -> None:
+    def _show(self, item: examples.Example | examples.Fault, made: encoding.Encoded) -> None:
         wanted = self._asked.rows
         if item.number in wanted or (not wanted and len(self.shown) < self._asked.show):
             fault = made.message if isinstance(made, examples.Fault) else ""
-            encoded_rows = tuple(made) if isinstance(made, list) else ()
-            self.shown.append(showing.Shown(item.path, item.number, encoded_rows, fault))
+            kept = tuple(made) if isinstance(made, list) else ()
+            self.shown.append(showing.Shown(item.path, item.number, kept, fault))
 
     def report(self, shape: str) -> findings.Report:
         missing = set(self._asked.rows) - {shown.number for shown in self.shown}
@@ -163,9 +168,9 @@ class _Reader:
             )
         found = list(self._examination.findings())
         kept = self._read - self._faults
-        if self._encoded is not None:
-            found += self._encoded.found()
-            kept = self._encoded.kept
+        if self._account is not None:
+            found += self._account.found()
+            kept = self._account.kept
         statistics = self._statistics()
         if self._answers is not None:
             from jft import outliers
@@ -173,10 +178,10 @@ class _Reader:
             finding, looked_at = outliers.find(self.model, self._answers, progress)
             found += [finding] if finding else []
             statistics["outliers"] = looked_at
-        return findings.Report(self._read, kept, tuple(encoded.merged(found)), shape, statistics)
+        return findings.Report(self._read, kept, tuple(accounting.merged(found)), shape, statistics)
 
     def _statistics(self) -> dict[str, Any]:
-        of = "tokens" if self._encoded is not None else "words"
+        of = "tokens" if self._account is not None else "words"
         # A row of n tokens takes n - 1 positions.
         limit = self._asked.max_length + 1 if self._asked.max_length else 0
         histogram = self._measures[of].bins(limit) if of in self._measures else []
@@ -188,14 +193,16 @@ class _Reader:
         }
 
 
-def quotes(asked: Asked, found: Sequence[findings.Finding]) -> dict[tuple[str, int], str]:
-    """What stands in the first row of each finding, in a second look at the files that ends with the last of them.
+def quotes(
+    asked: Asked, found: Sequence[findings.Finding]
+) -> dict[tuple[str, int], tuple[str, ...]]:
+    """The turns of the first row of each finding, in a second look at the files that ends with the last of them.
 
     Rows that hold secrets or personal data are not quoted.
     """
     private = {place for f in found if f.kind in PRIVATE for place in f.places}
     wanted = {finding.places[0] for finding in found if finding.places} - private
-    quoted: dict[tuple[str, int], str] = {}
+    quoted: dict[tuple[str, int], tuple[str, ...]] = {}
     for source in (*asked.files, *asked.valid) if wanted else ():
         for item in formats.Table(source, asked.reading):
             if (item.path, item.number) in wanted:
@@ -205,11 +212,11 @@ def quotes(asked: Asked, found: Sequence[findings.Finding]) -> dict[tuple[str, i
     return quoted
 
 
-def _quote(item: examples.Example | examples.Fault) -> str:
+def _quote(item: examples.Example | examples.Fault) -> tuple[str, ...]:
     if isinstance(item, examples.Fault):
-        return item.message.removeprefix(f"{item.path}:row {item.number}: ")
+        return (item.message.removeprefix(f"{item.path}:row {item.number}: "),)
     turns = [str(turn.get("content") or "") for turn in item.messages if turn["role"] != "system"]
-    return " → ".join(" ".join(text.split())[:200] for text in turns) or item.text[:400]
+    return tuple(turns) or (item.text,)
 
 
 def progress(items: Any, unit: str, total: int | None = None) -> Iterator[Any]:

@@ -116,6 +116,8 @@ def losses(
     """Mean nats per token of each answer: after the empty frame that all prompts share, and after its prompt."""
     before, after = frame([answer.prompt for answer in chosen])
     bare = np.r_[before, after]
+    if not len(bare):  # a text begins after the end of another
+        bare = np.array([model.tokenizer.eos_token_id or 0], np.int32)
     pairs = [(bare, answer.answer) for answer in chosen]
     pairs += [(_shortened(answer.prompt, len(before)), answer.answer) for answer in chosen]
     means = mean_losses(model, pairs, progress)

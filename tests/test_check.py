@@ -2,20 +2,18 @@
 """`jft check` as it is used: its object, its report, its exit codes, and no row lost between reading and training."""
 
 import json
+import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import check_fakes  # noqa: E402
-
-check_fakes.install()
-
-from jft import check, cli, models  # noqa: E402
-from jft.data import formats, lengths  # noqa: E402
+from jft import check, cli, models, outliers
+from jft.data import formats, lengths
 
 # One of each: good, good, empty, bad type, the same as the first, long, control token, dangerous characters.
 ROWS: list[dict[str, Any]] = [
@@ -120,6 +118,28 @@ def test_tokens_are_those_of_the_encoder(data: str, tiny_model: pathlib.Path, ca
     assert finding["severity"] == "warning"
 
 
+def test_a_tokenizer_is_had_without_weights(
+    data: str, tiny_model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    import huggingface_hub
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    whole = found(capsys, data, f"--tokenizer={tiny_model}", code=1)
+    without = found(capsys, data, f"--tokenizer={bare}", code=1)
+    assert whole["statistics"].pop("tokenizer") != without["statistics"].pop("tokenizer")
+    assert whole == without
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(bare)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert found(capsys, data, "--tokenizer=owner/name", code=1)["findings"] == whole["findings"]
+    assert "tokenizer*" in asked and not any("safetensors" in pattern for pattern in asked)
+
+
 def test_a_template_that_refuses(
     data: str, tiny_model: pathlib.Path, tmp_path: Any, capsys: Any
 ) -> None:
@@ -133,6 +153,26 @@ def test_a_template_that_refuses(
         finding["rows"] == [2] and finding["severity"] == "error" and "no two" in finding["message"]
     )
     assert report["rows"] == report["trained_rows"] + left_out(report)
+
+
+def test_a_conversation_of_several_rows_loses_those_that_are_too_long(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    thinking = tmp_path / "thinking.jinja"  # as Qwen3's, it marks the last turn only
+    thinking.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}(think)"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n(think){% endif %}"
+    )
+    turns = [("user", "one?"), ("assistant", "red"), ("user", "two? " * 20), ("assistant", "blue")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    path = write(tmp_path / "turns.jsonl", [row])
+    flags = (path, f"--tokenizer={tiny_model}", f"--chat_template={thinking}", "--max_length=60")
+    shown = found(capsys, *flags, "--show=1", code=1)
+    assert [len(part) > 61 for part in shown["shown"][0]["tokens"]] == [False, True]
+    assert rows_of(shown, "dropped") == [1] and shown["trained_rows"] == 0
+    dropped = found(capsys, *flags, "--overlength=drop")
+    assert rows_of(dropped, "truncated") == [1] and dropped["trained_rows"] == 1
 
 
 def test_a_template_that_never_works_is_a_finding(
@@ -188,6 +228,9 @@ def test_a_configuration_is_checked_as_it_is_trained(
     )
     by_config = found(capsys, f"--config={file}", f"--config.data.train={data}", code=1)
     by_flags = found(capsys, data, f"--tokenizer={tiny_model}", "--max_length=60", code=1)
+    for report, prefix in ((by_config, "data."), (by_flags, "--")):
+        (advice,) = [f.pop("advice") for f in report["findings"] if f["kind"] == "dropped"]
+        assert f"raise {prefix}max_length" in advice
     assert by_config == by_flags and rows_of(by_config, "dropped") == [6]
     two = write(tmp_path / "two.jsonl", ROWS[:2])
     several = found(capsys, f"--config={file}", f"--config.data.train={data}, {two}", code=1)
@@ -195,6 +238,56 @@ def test_a_configuration_is_checked_as_it_is_trained(
     assert "--config.data.train" in refusal(capsys, f"--config={file}", data)
     assert "data.train is not set" in refusal(capsys, f"--config={file}")
     assert "--config.data.max_length" in refusal(capsys, f"--config={file}", "--max_length=3")
+
+
+def test_a_model_tells_which_answers_do_not_belong(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    rows = [{"prompt": f"number {i}?", "response": f"red {i}"} for i in range(30)]
+    path, wrong = write(tmp_path / "a.jsonl", [*rows[:20], {"prompt": "", "response": "x"}]), 7
+
+    def losses(model: Any, chosen: Any, progress: Any) -> Any:
+        gains = [-1.0 if answer.place[1] == wrong else 1.0 + i for i, answer in enumerate(chosen)]
+        return np.array(gains) + 2, np.full(len(chosen), 2.0)
+
+    untold = found(capsys, path, f"--model={tiny_model}", code=1)  # random weights know nothing
+    assert untold["statistics"]["outliers"]["looked_at"] == 20
+    monkeypatch.setattr(outliers, "losses", losses)
+    report = found(capsys, path, f"--model={tiny_model}", code=1)
+    assert rows_of(report, "outlier") == [wrong] and rows_of(untold, "outlier") == []
+    (finding,) = [f for f in report["findings"] if f["kind"] == "outlier"]
+    assert finding["severity"] == "warning"
+    assert finding["details"]["worst_first"] == [
+        {"path": path, "row": 7, "loss": 2.0, "gain": -1.0}
+    ]
+    assert report["rows"] == report["trained_rows"] + left_out(report)
+    del report["statistics"]["outliers"]
+    assert (
+        report["statistics"]
+        == found(capsys, path, f"--tokenizer={tiny_model}", code=1)["statistics"]
+    )
+    none = found(capsys, path, f"--model={tiny_model}", "--outliers=0", code=1)
+    assert "outliers" not in none["statistics"] and not rows_of(none, "outlier")
+    few = found(capsys, path, f"--model={tiny_model}", "--outliers=3", code=1)
+    assert few["statistics"]["outliers"] == {"looked_at": 3, "answers": 20}
+
+
+def test_tokens_that_the_model_has_no_embedding_of(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    known = models.load(str(tiny_model)).config.vocab_size
+    larger = tmp_path / "larger"
+    shutil.copytree(tiny_model, larger)
+    tokenizer = models.load_tokenizer(str(larger))
+    tokenizer.add_tokens(["zebra"])
+    assert len(tokenizer) == known + 1
+    tokenizer.save_pretrained(larger)
+    rows = [{"prompt": f"{i}?", "response": "zebra" if i == 3 else "red"} for i in range(25)]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert rows_of(found(capsys, path, f"--tokenizer={larger}"), "template") == []
+    report = found(capsys, path, f"--model={larger}", code=1)
+    assert rows_of(report, "template") == [4] and report["trained_rows"] == 24
+    assert report["statistics"]["outliers"]["looked_at"] == 24
 
 
 REFUSED = {
@@ -266,6 +359,20 @@ def test_secrets_are_not_quoted() -> None:
     other = check.findings.Finding("duplicate", "warning", 1, (place,), "1 row", "look")
     asked = check.Asked(("absent.jsonl",), formats.Reading())
     assert check.quotes(asked, [finding, other]) == {}  # without opening the file
+
+
+def test_a_reader_that_goes_away_is_no_error(data: str, monkeypatch: Any) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        from jft.verbs import check as verb
+
+        with pytest.raises(BrokenPipeError):  # which `cli.main` takes for the end of the output
+            verb.run([data])
+            gone.flush()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
 
 
 def test_standard_output_holds_the_report_alone(data: str, capsys: Any, monkeypatch: Any) -> None:

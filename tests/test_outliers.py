@@ -113,6 +113,20 @@ def test_what_is_outlying() -> None:
     ).any()  # the model knows nothing of this task
 
 
+def test_prompts_without_a_frame_are_scored(tiny: models.Model) -> None:
+    answers = outliers.Answers(500)
+    for i, row in enumerate(random_rows(30)):
+        answers.add(row, ("a", i))
+    chosen = answers.chosen()
+    assert not len(np.r_[outliers.frame([answer.prompt for answer in chosen])])
+    alone, given = outliers.losses(tiny, chosen, through)
+    eos = np.array([tiny.tokenizer.eos_token_id], np.int32)
+    assert alone == pytest.approx(
+        outliers.mean_losses(tiny, [(eos, answer.answer) for answer in chosen], through)
+    )
+    assert np.isfinite(given).all() and not np.allclose(alone, given)
+
+
 def test_few_answers_are_not_judged(tiny: models.Model) -> None:
     answers = outliers.Answers(500)
     for row in random_rows(outliers.FEWEST - 1):

@@ -6,21 +6,15 @@ import itertools
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from rich import console as rich_console
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import check_fakes  # noqa: E402
-
-check_fakes.install()
-
-from jft import cli, models  # noqa: E402
-from jft.data import encoding, examples, rows  # noqa: E402
-from jft.terminal import pieces, showing, visible  # noqa: E402
+from jft import cli, models
+from jft.data import encoding, examples, rows
+from jft.terminal import pieces, showing, visible
 
 PROMPT = "one?\n[bold]two[/bold] <|im_end|> \x1b[31m  three\t日本 🦜\n\n"
 ANSWER = " red\ngreen  \n"
@@ -60,6 +54,12 @@ def test_tokens_spell_the_text(row: rows.Row, tokenizer: Any) -> None:
     assert found[-1].text == "<|im_end|>" and found[-1].trained and found[-1].control
 
 
+def _terminal(width: int) -> Any:
+    return rich_console.Console(
+        file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor"
+    )
+
+
 def _joined(spelled: str) -> str:
     """<E6><97><A5> as the character."""
     runs = r"(?:<(?:[0-9A-F]{2} ?)+>)+"
@@ -94,7 +94,7 @@ def test_colours_tell_the_same_and_shades_alternate(
     plain = ESCAPES.sub("", text)
     assert "\x1b" not in plain and all(_width(line) <= width for line in plain.splitlines()[1:])
     found = showing.tokens(row, pieces.Pieces(tokenizer))
-    lines = list(showing.lines(found, width, colour=True))
+    lines = list(showing.lines(found, width, showing.palette(_terminal(80))))
     styles = [
         (str(span.style), line.plain[span.start : span.end])
         for line in lines
@@ -115,9 +115,27 @@ def _width(line: str) -> int:
     return cells.cell_len(line)
 
 
+@pytest.mark.parametrize("system", ["standard", "256", "truecolor"])
+def test_four_backgrounds_are_four_on_every_terminal(system: Any) -> None:
+    console = rich_console.Console(file=io.StringIO(), force_terminal=True, color_system=system)
+    colours = showing.palette(console)
+    assert colours is not None
+    for control in (False, True):
+        seen = set()
+        for trained, place in itertools.product((False, True), (0, 1)):
+            style = colours.style(showing.Token(0, "x", trained, control), place)
+            console.print("x", style=style)
+            seen.add(console.file.getvalue().splitlines()[-1])  # type: ignore[attr-defined]
+        assert len(seen) == 4
+    plain = rich_console.Console(file=io.StringIO(), force_terminal=True, no_color=True)
+    assert showing.palette(plain) is None
+
+
 def test_neighbours_differ_in_shade(tokenizer: Any) -> None:
     made = rows.Row(np.array([70, 71, 72, 73], np.int32), np.array([False] * 4), "x")
-    (line,) = showing.lines(showing.tokens(made, pieces.Pieces(tokenizer)), 80, colour=True)
+    (line,) = showing.lines(
+        showing.tokens(made, pieces.Pieces(tokenizer)), 80, showing.palette(_terminal(80))
+    )
     styles = [str(span.style) for span in line.spans]
     assert len(styles) == 4 and all(a != b for a, b in itertools.pairwise(styles))
 

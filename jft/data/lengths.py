@@ -48,8 +48,9 @@ class Lengths:
         values = self.values
         low, high = np.quantile(values, (_TAIL, 1 - _TAIL), method="inverted_cdf")
         edges = _edges(int(low), int(high))
-        if limit:
-            edges = sorted({*edges, limit + 1} if limit < values.max() else edges)
+        if limit and values.min() <= limit < values.max():
+            near = limit // 8  # no slivers beside it
+            edges = sorted({limit + 1, *(edge for edge in edges if abs(edge - limit) > near)})
         bounds = [int(values.min()), *(e for e in edges if e > values.min()), int(values.max()) + 1]
         counts = np.histogram(values, bounds)[0]
         return [

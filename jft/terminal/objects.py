@@ -22,7 +22,7 @@ def report(
         "shape": made.shape,
         "files": list(files),
         "unused_columns": list(unused),
-        "findings": [_finding(finding, several=len(files) > 1) for finding in made.findings],
+        "findings": [_finding(finding, files) for finding in made.findings],
         "statistics": made.statistics,
     }
     if shown:
@@ -31,14 +31,16 @@ def report(
     return found
 
 
-def _finding(finding: findings.Finding, *, several: bool) -> dict[str, Any]:
-    """Rows are numbers where they are of one file and one file is checked, else "path:row"."""
-    one = not several and len({path for path, _ in finding.places}) < 2
+def _finding(finding: findings.Finding, files: Sequence[str]) -> dict[str, Any]:
+    """Rows are numbers where one file is checked; those of several, and of held-out ones, "path:row"."""
+    alone = files[0] if len(files) == 1 else None
     return {
         "kind": finding.kind,
         "severity": finding.severity,
         "count": finding.count,
-        "rows": [number if one else f"{path}:{number}" for path, number in finding.places],
+        "rows": [
+            number if path == alone else f"{path}:{number}" for path, number in finding.places
+        ],
         "message": finding.message,
         "advice": finding.advice,
         "details": finding.details,

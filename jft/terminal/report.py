@@ -34,7 +34,7 @@ def print_report(
     report: findings.Report,
     files: Sequence[str],
     unused: Sequence[str],
-    quotes: Mapping[Place, str],
+    quotes: Mapping[Place, Sequence[str]],
 ) -> None:
     _print_title(console, report, files, unused)
     _print_lengths(console, report.statistics)
@@ -85,7 +85,7 @@ def _print_title(
     if unused:
         columns = ", ".join(map(visible.escape, unused[:8]))
         columns += f" and {len(unused) - 8} more" if len(unused) > 8 else ""
-        console.print(text.Text(f"columns that nothing reads: {columns}", "dim"), highlight=False)
+        console.print(text.Text(f"columns that nothing reads: {columns}", "dim"))
     console.print()
 
 
@@ -112,7 +112,7 @@ def _print_lengths(console: "rich_console.Console", statistics: Mapping[str, Any
     for name, numbers in found.items():
         cells = [visible.count(numbers[k]) for k in ("min", "median", "p95", "max", "total")]
         made.add_row(name, *cells)
-    console.print(made, highlight=False)
+    console.print(made)
     console.print()
 
 
@@ -124,6 +124,7 @@ def _print_histogram(console: "rich_console.Console", statistics: Mapping[str, A
     if len(bins) < 2:
         return
     most = max(entry["rows"] for entry in bins)
+    bins = [entry for entry in bins if entry["rows"]]
     labels = [_range(entry) for entry in bins]
     width, bar = max(map(len, labels)), min(_BAR, max(8, console.width - 40))
     console.print(text.Text(f"rows by {found['of']}", "dim"))
@@ -132,7 +133,7 @@ def _print_histogram(console: "rich_console.Console", statistics: Mapping[str, A
         line = text.Text.assemble(f"{label:>{width}} ", (blocks, "blue"), f" {entry['rows']:,}")
         if limit and found["of"] == "tokens" and entry["from"] - 1 > limit:
             line.append(f"  over max_length={limit}", "yellow")
-        console.print(line, highlight=False, no_wrap=True)
+        console.print(line, no_wrap=True)
     console.print()
 
 
@@ -151,7 +152,7 @@ def _print_findings(
     console: "rich_console.Console",
     found: Sequence[findings.Finding],
     files: Sequence[str],
-    quotes: Mapping[Place, str],
+    quotes: Mapping[Place, Sequence[str]],
 ) -> None:
     """One line or more for what was found, its rows, the beginning of the first of them, and what to do."""
     from rich import table, text
@@ -172,22 +173,27 @@ def _print_findings(
                 text.Text(f"{_SIGNS[severity]} {finding.kind}", style),
                 _told(finding, files, quotes, room),
             )
-        console.print(grid, highlight=False)
+        console.print(grid)
         console.print()
 
 
 def _told(
-    finding: findings.Finding, files: Sequence[str], quotes: Mapping[Place, str], width: int
+    finding: findings.Finding,
+    files: Sequence[str],
+    quotes: Mapping[Place, Sequence[str]],
+    width: int,
 ) -> "rich_text.Text":
     from rich import text
 
     told = text.Text(visible.escape(finding.message))
     if finding.places:
         rows = rows_line(finding.places, files)
-        quote = quotes.get(finding.places[0], "")
+        turns = quotes.get(finding.places[0], ())
+        if turns and turns[0] in finding.message:  # why a row can't be used
+            turns = ()
         alone = len(finding.places) == 1
         label = f"{rows}: " if alone else f"row {finding.places[0][1]}: "
-        quote = visible.excerpt(quote, max(20, width - len(label)))
+        quote = visible.conversation(turns, max(20, width - len(label))) if turns else ""
         if not (alone and quote):
             told.append(f"\n{rows}", "dim")
         if quote:
@@ -217,11 +223,4 @@ def print_fixed(console: "rich_console.Console", fixed: Mapping[str, Any]) -> No
     """What was written and what was changed in it."""
     from rich import text
 
-    for name, value in fixed.items():
-        told = value
-        if isinstance(value, Mapping):
-            told = ", ".join(f"{kind} {number:,}" for kind, number in value.items())
-        line = text.Text.assemble(
-            (f"{name.replace('_', ' ')}: ", "bold"), visible.escape(f"{told}")
-        )
-        console.print(line, highlight=False)
+    console.print(text.Text(visible.escape(fixed["message"])))

@@ -19,9 +19,35 @@ if TYPE_CHECKING:
     from rich import console as rich_console
     from rich import text as rich_text
 
-_TRAINED = ("on #1b5e20", "on #2e7d32")
-_CONTEXT = ("on #303030", "on #444444")
-_TEXT, _CONTEXT_TEXT, _CONTROL_TEXT = "#ffffff", "#c6c6c6", "bold #ffd75f"
+
+@dataclasses.dataclass(frozen=True)
+class Palette:
+    """Styles of tokens; backgrounds come in two shades."""
+
+    trained: tuple[str, str]
+    context: tuple[str, str]
+    control: tuple[str, str]  # text colours of control tokens, trained and not
+
+    def style(self, token: "Token", place: int) -> str:
+        text, background = (self.trained if token.trained else self.context)[place % 2].split(
+            " on "
+        )
+        return (
+            f"{self.control[0 if token.trained else 1] if token.control else text} on {background}"
+        )
+
+
+_FINE = Palette(
+    trained=("#ffffff on #1b5e20", "#ffffff on #2e7d32"),
+    context=("#c6c6c6 on #303030", "#c6c6c6 on #444444"),
+    control=("bold #ffd75f", "bold #ffd75f"),
+)
+# Of terminals with sixteen colours, which have two greens.
+_PLAIN = Palette(
+    trained=("black on green", "black on bright_green"),
+    context=("white on black", "white on bright_black"),
+    control=("bold bright_yellow", "bold bright_yellow"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +96,7 @@ def print_shown(
         head = text.Text.assemble(
             (name, "bold"), ("  not trained on: ", "red"), visible.escape(why)
         )
-        console.print(head.append("\n"), highlight=False)
+        console.print(head.append("\n"))
     for i, row in enumerate(shown.rows, start=1):
         found = tokens(row, spelled)
         part = f", part {i} of {len(shown.rows)}" if len(shown.rows) > 1 else ""
@@ -79,40 +105,43 @@ def print_shown(
         head.append(f"  {visible.plural(len(found), 'token')}, {trained:,} trained")
         if max_length and len(found) - 1 > max_length:
             head.append(f"  longer than max_length={max_length:,}", "yellow")
-        console.print(head, highlight=False)
-        for line in lines(found, console.width, colour=coloured(console)):
-            console.print(line, no_wrap=True, crop=False, overflow="ignore", highlight=False)
+        console.print(head)
+        for line in lines(found, console.width, palette(console)):
+            console.print(line, no_wrap=True, crop=False, overflow="ignore")
         console.print()
 
 
 def print_legend(console: "rich_console.Console") -> None:
     from rich import text
 
-    if coloured(console):
-        parts: list[Any] = [(" trained ", f"{_TEXT} {_TRAINED[1]}"), " the model learns to write  "]
-        parts += [(" context ", f"{_CONTEXT_TEXT} {_CONTEXT[1]}"), " it only reads  "]
-        parts += [(" control ", f"{_CONTROL_TEXT} {_CONTEXT[1]}"), " one token each"]
+    if colours := palette(console):
+        parts: list[Any] = [(" trained ", colours.trained[1]), " the model learns to write  "]
+        parts += [(" context ", colours.context[1]), " it only reads  "]
+        parts += [(" control ", colours.style(Token(0, "", False, True), 1))]
     else:
         parts = ["[trained] the model learns to write   │context│ it only reads   «control»"]
     marks = (
         f"{visible.NEWLINE} newline   {visible.SPACE} space at a token's edge   {visible.TAB} tab"
     )
-    console.print(text.Text.assemble(*parts), highlight=False)
-    console.print(text.Text(f"{marks}\n", "dim"), highlight=False)
+    console.print(text.Text.assemble(*parts))
+    console.print(text.Text(f"{marks}\n", "dim"))
 
 
-def coloured(console: "rich_console.Console") -> bool:
-    return console.color_system is not None and not console.no_color and console.is_terminal
+def palette(console: "rich_console.Console") -> Palette | None:
+    """What the output can show; None = no colours."""
+    if console.no_color or not console.is_terminal or console.color_system is None:
+        return None
+    return _FINE if console.color_system in ("256", "truecolor") else _PLAIN
 
 
-def lines(found: list[Token], width: int, *, colour: bool) -> Iterator["rich_text.Text"]:
+def lines(found: list[Token], width: int, colours: Palette | None) -> Iterator["rich_text.Text"]:
     """The tokens in lines of at most `width` columns, broken between tokens where it goes, and after newlines."""
     from rich import cells, text
 
     line = text.Text()
     for i, token in enumerate(found):
         following = found[i + 1] if i + 1 < len(found) else None
-        for part, style, ends in _parts(token, i, following, colour):
+        for part, style, ends in _parts(token, i, following, colours):
             if line.plain and cells.cell_len(line.plain) + cells.cell_len(part) > width:
                 yield line
                 line = text.Text()
@@ -139,17 +168,13 @@ def _folded(part: str, width: int) -> list[str]:
 
 
 def _parts(
-    token: Token, place: int, following: Token | None, colour: bool
+    token: Token, place: int, following: Token | None, colours: Palette | None
 ) -> Iterator[tuple[str, str, bool]]:
     """A token's lines: the text, its style, and whether a newline ends it."""
     *full, last = map(visible.escape, _with_edges(token).split("\n"))
     parts = [part + visible.NEWLINE for part in full] + ([last] if last else [])
-    style = ""
-    if colour:
-        shade = (_TRAINED if token.trained else _CONTEXT)[place % 2]
-        style = _CONTROL_TEXT if token.control else _TEXT if token.trained else _CONTEXT_TEXT
-        style = f"{style} {shade}"
-    else:
+    style = colours.style(token, place) if colours else ""
+    if not colours:
         before, after = _marks(token, following)
         parts[0] = before + parts[0]
         parts[-1] += after if last else after.strip("│")

@@ -3,6 +3,7 @@
 
 import functools
 import unicodedata
+from collections.abc import Sequence
 
 # Control and format characters (which turn the direction of writing, or are invisible), separators, halves of pairs.
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
@@ -37,6 +38,17 @@ def excerpt(text: str, width: int) -> str:
     if cells.cell_len(short) <= width:
         return short
     return cells.set_cell_size(short, width - 1).rstrip() + "…"
+
+
+def conversation(turns: Sequence[str], width: int) -> str:
+    """The beginnings of the first turn and of the last on one line of at most `width` columns."""
+    from rich import cells
+
+    first, *more = turns
+    if not more or width < 16:
+        return excerpt(first, width)
+    last = excerpt(more[-1], max(width // 2 - 3, width - 3 - len(excerpt(first, width))))
+    return f"{excerpt(first, width - 3 - cells.cell_len(last))} → {last}"
 
 
 def count(number: int | float) -> str:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jft check`."""
 
-import io
+import dataclasses
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jft import errors
@@ -65,6 +64,7 @@ def run(arguments: list[str]) -> int:
         outcome = check.run(asked)
     except errors.UserError as error:
         raise errors.UserError(said(str(error))) from error
+    outcome = _said(outcome, said)
     fixed = _fix(asked, outcome, flags["fix"]) if flags["fix"] else None
     if flags["json"]:
         described = objects.report(
@@ -156,6 +156,16 @@ def _as_flags(text: str) -> str:
     return re.sub(r"\bdata\.(?=columns\.|" + "|".join(_OF_ASKED) + "|separator|header)", "--", text)
 
 
+def _said(outcome: "check.Outcome", said: Callable[[str], str]) -> "check.Outcome":
+    """The outcome with its findings' words put as the user would write them."""
+    found = tuple(
+        dataclasses.replace(f, message=said(f.message), advice=said(f.advice))
+        for f in outcome.report.findings
+    )
+    report = dataclasses.replace(outcome.report, findings=found)
+    return dataclasses.replace(outcome, report=report)
+
+
 def _flag(name: str) -> str:
     return "FILE" if name == "files" else f"--{name}"
 
@@ -168,13 +178,15 @@ def _asked(
     parser: parsing.Parser, flags: Mapping[str, Any], given: Mapping[str, Any], **others: Any
 ) -> "check.Asked":
     from jft import check
-    from jft.data import encoded
+    from jft.data import fitting
 
-    if given.get("overlength", "error") not in encoded.OVERLENGTH:
-        parser.error(f"--overlength={given['overlength']}: one of {', '.join(encoded.OVERLENGTH)}")
+    if given.get("overlength", "error") not in fitting.OVERLENGTH:
+        parser.error(f"--overlength={given['overlength']}: one of {', '.join(fitting.OVERLENGTH)}")
     for name in ("max_length", "outliers", "show"):
         if (flags[name] or 0) < 0:
             parser.error(f"--{name}={flags[name]}: it must be 0 or more")
+    if flags["fix"] and len(others["files"]) > 1:
+        parser.error(f"--fix={flags['fix']}: takes one file at a time, not {len(others['files'])}")
     settings = dict(given)
     if flags["outliers"] is not None:
         settings["outliers"] = flags["outliers"]
@@ -207,21 +219,14 @@ def _reading(columns: Mapping[str, str], header: str, separator: str) -> Any:
 def _fix(asked: "check.Asked", outcome: "check.Outcome", out: str) -> dict[str, Any]:
     from jft.data import fixing
 
-    if len(asked.files) > 1:
-        raise errors.UserError(f"--fix={out}: takes one file at a time, not {len(asked.files)}")
     return fixing.fix(asked.files[0], asked.reading, outcome.report.findings, out)
 
 
 def _print(asked: "check.Asked", outcome: "check.Outcome", fixed: Mapping[str, Any] | None) -> None:
-    from rich import console as rich_console
-
     from jft import check
-    from jft.terminal import pieces, report, showing
+    from jft.terminal import pieces, report, screen, showing
 
-    # An output that can't have a character gets a question mark for it.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    console = rich_console.Console(file=sys.stdout)
+    console = screen.standard_output()
     if outcome.shown:
         showing.print_legend(console)
         spelled = pieces.Pieces(outcome.tokenizer)

@@ -4,21 +4,12 @@
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from jft import errors
-from jft.data import examples, findings, rows
+from jft.data import encoding, examples, findings, fitting, rows
 
-OVERLENGTH = ("error", "drop", "truncate_prompt", "split")
 Place = tuple[str, int]
-
-
-class Encoder(Protocol):
-    """See `jft.data.encoding.Encoder`."""
-
-    def encode(
-        self, batch: Sequence[examples.Example]
-    ) -> list[list[rows.Row] | examples.Fault]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +17,20 @@ class Limits:
     """What rows have to keep to; 0 = no limit."""
 
     max_length: int = 0  # positions in a row of a batch
-    overlength: str = "error"  # what happens to longer rows: one of `OVERLENGTH`
+    overlength: str = "error"  # what happens to longer rows: one of `fitting.OVERLENGTH`
     vocab_size: int = 0  # rows of the model's embedding
 
 
-class Encoded:
+class Account:
     """Encodes examples and keeps account of every one that training would leave out or cut.
 
     Attributes:
       kept: examples that would be trained on so far.
     """
 
-    def __init__(self, encoder: Encoder, tokenizer: Any, limits: Limits) -> None:
-        self._encoder, self._tokenizer, self._limits = encoder, tokenizer, limits
-        self._control = _control_texts(tokenizer)
+    def __init__(self, encoder: encoding.Encoder, limits: Limits) -> None:
+        self._encoder, self._limits = encoder, limits
+        self._control = _control_texts(encoder.tokenizer)
         self._template: list[examples.Fault] = []
         self._untrained: list[Place] = []
         self._long: list[Place] = []
@@ -49,7 +40,7 @@ class Encoded:
         self._spelled: dict[Place, set[str]] = {}
         self.kept = 0
 
-    def add(self, batch: Sequence[examples.Example]) -> list[list[rows.Row] | examples.Fault]:
+    def add(self, batch: Sequence[examples.Example]) -> list[encoding.Encoded]:
         """What the encoder makes of them, each taken into account."""
         made = self._encode(batch)
         for example, result in zip(batch, made, strict=True):
@@ -60,7 +51,7 @@ class Encoded:
                 self.kept += self._fits((example.path, example.number), result)
         return made
 
-    def _encode(self, batch: Sequence[examples.Example]) -> list[list[rows.Row] | examples.Fault]:
+    def _encode(self, batch: Sequence[examples.Example]) -> list[encoding.Encoded]:
         try:
             return self._encoder.encode(batch)
         except errors.UserError as error:  # of the template itself: no row can be encoded
@@ -81,7 +72,8 @@ class Encoded:
         if not long:
             return True
         self._longest = max(self._longest, *(len(row.tokens) - 1 for row in long))
-        if overlength == "split":
+        # Of a conversation that takes several rows, the others stay.
+        if overlength == "split" or (overlength == "drop" and len(long) < len(trained)):
             self._cut.append(place)
             return True
         if overlength == "truncate_prompt" and all(_response_fits(row, limit) for row in long):
@@ -120,7 +112,7 @@ class Encoded:
             len(self._template),
             _places(self._template),
             f"{_rows(self._template)} can't be encoded: {_cause(first)}{more}",
-            "change these rows, or give a template that takes them with --chat_template=FILE",
+            "change these rows, or set data.chat_template to a template that takes them",
             {"causes": sorted(causes)[:20]},
         )
 
@@ -133,7 +125,7 @@ class Encoded:
             len(self._untrained),
             tuple(self._untrained),
             f"{_rows(self._untrained)} without a token to train on, so they are left out",
-            "look at one with --rows, and at what --train_on selects",
+            "look at one with --rows=N, and at what data.train_on selects",
         )
 
     def _dropped(self) -> findings.Finding | None:
@@ -141,18 +133,20 @@ class Encoded:
             return None
         limit, overlength = self._limits.max_length, self._limits.overlength
         what = {
-            "error": "training refuses to start",
-            "drop": "they are left out",
-            "truncate_prompt": "they are even without their prompts",
+            "error": ": training refuses to start",
+            "drop": ": they are left out",
+            "truncate_prompt": " even without their prompts: training refuses to start",
         }[overlength]
-        advice = f"raise max_length (the longest needs {self._longest}), or set overlength to "
-        others = [kind for kind in OVERLENGTH if kind not in ("error", overlength)]
+        advice = (
+            f"raise data.max_length (the longest needs {self._longest}), or set data.overlength to "
+        )
+        others = [kind for kind in fitting.OVERLENGTH if kind not in ("error", overlength)]
         return findings.Finding(
             "dropped",
             "warning" if overlength == "drop" else "error",
             len(self._long),
             tuple(self._long),
-            f"{_rows(self._long)} longer than max_length={limit}: {what}",
+            f"{_rows(self._long)} longer than max_length={limit}{what}",
             f"{advice}{', '.join(others[:-1])} or {others[-1]}",
             {"max_length": limit, "overlength": overlength, "longest": self._longest},
         )
@@ -160,15 +154,19 @@ class Encoded:
     def _truncated(self) -> findings.Finding | None:
         if not self._cut:
             return None
-        limit, split = self._limits.max_length, self._limits.overlength == "split"
-        what = "split" if split else f"cut by {self._tokens_cut:,} tokens of their prompts"
+        limit, overlength = self._limits.max_length, self._limits.overlength
+        what = {
+            "split": "split",
+            "drop": "some of their answers are left out",
+            "truncate_prompt": f"cut by {self._tokens_cut:,} tokens of their prompts",
+        }[overlength]
         return findings.Finding(
             "truncated",
-            "note" if split else "warning",
+            "note" if overlength == "split" else "warning",
             len(self._cut),
             tuple(self._cut),
             f"{_rows(self._cut)} longer than max_length={limit}: {what}",
-            f"raise max_length (the longest needs {self._longest}) where the memory allows it",
+            f"raise data.max_length (the longest needs {self._longest}) where the memory allows it",
             {"max_length": limit, "longest": self._longest, "tokens_cut": self._tokens_cut},
         )
 
