@@ -2,7 +2,7 @@
 """Rendered text to token ids, many texts at a time.
 
 Control tokens cut a text into segments that do not influence each other. So each different segment of all the texts is
-tokenised once, on all cores; a prompt and the conversation that goes on from it share all but their last ones. Where a
+tokenised once, from words seen before where that gives the same ids; a prompt and the conversation that goes on from it share all but their last ones. Where a
 tokenizer does look across a control token (it strips the space beside one, or puts a space before whatever it is given),
 each text is tokenised as a whole instead.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jft import errors
-from jft.data import template
+from jft.data import template, words
 
 _TRIALS = (
     "a",
@@ -51,6 +51,7 @@ class Tokeniser:
         self.start = _start(tokenizer)
         self._lost = _lost_bytes(tokenizer)
         self._apart = _segments_are_apart(tokenizer, self._pattern, self._ids)
+        self._words = self._by_words() if self._apart else None
 
     def encode(self, texts: Sequence[template.Rendered]) -> list[list[int] | errors.UserError]:
         """The ids of whole texts, BOS first where the tokenizer puts one by itself; a fault in place of a text's ids."""
@@ -99,19 +100,25 @@ class Tokeniser:
 
     def _segments(self, parts: Iterable[str]) -> dict[str, tuple[int, ...] | errors.UserError]:
         """Ids of each part, or what is wrong with it."""
-        known: dict[str, tuple[int, ...] | errors.UserError] = {}
-        segments = []
-        for part in parts:
-            if part in self._ids:
-                known[part] = (self._ids[part],)
-            else:
-                segments.append(part)
+        parts = list(parts)
+        known: dict[str, tuple[int, ...] | errors.UserError] = {
+            part: (self._ids[part],) for part in parts if part in self._ids
+        }
+        if self._words:
+            known |= self._words.encode(part for part in parts if part not in known)
+        rest = [part for part in parts if part not in known]
         backend = self._tokenizer.backend_tokenizer
-        encoded = backend.encode_batch_fast(segments, add_special_tokens=False)
-        for part, found in zip(segments, encoded, strict=True):
+        encoded = backend.encode_batch_fast(rest, add_special_tokens=False)
+        for part, found in zip(rest, encoded, strict=True):
             ids = tuple(found.ids)
             known[part] = self._fault(part, ids) or ids
         return known
+
+    def _by_words(self) -> words.Words | None:
+        def sound(text: str, ids: Sequence[int]) -> bool:
+            return self._fault(text, ids) is None
+
+        return words.of(self._tokenizer, next(iter(self._ids.items())), sound)
 
     def _fault(self, text: str, ids: Collection[int]) -> errors.UserError | None:
         """What is wrong with a message's text, of which all is tokens but none a control token."""
