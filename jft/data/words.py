@@ -17,8 +17,10 @@ first. What is whitespace is all that this has to know of Unicode.
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 # Alternatives of the expressions of GPT-2, GPT-4, GPT-4o, Llama 3, Qwen, Mistral's Tekken and DeepSeek.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -39,7 +41,7 @@ _KNOWN = re.compile(rf"{_ANY}(?:\|{_ANY})*")
 _COMPLETE = re.compile(r"(?:.*\|)?\\s\+(?:\|.*)?", re.DOTALL)  # has the alternative \s+
 # Python's whitespace, and what some version of Unicode or some library has taken for it.
 _BLANK = r"\s\u180e\u200b\u2060\ufeff"
-_CUT = re.compile(f"(?<=[^{_BLANK}]) (?=[^{_BLANK}])")
+_CUT = re.compile(f" (?![{_BLANK}]|\\Z)(?<![{_BLANK}] )(?<!\\A )")
 _SOLID = re.compile(f"[^{_BLANK}]")
 _LONG = 60  # characters; longer words hardly come again, as in scripts without spaces
 _MOST = 200_000  # words kept: some 50 MB
@@ -73,56 +75,69 @@ class Words:
     ) -> None:
         self._backend, self._refused, self._sound = backend, refused, sound
         self._separator, self._separator_id = control
-        self._known: dict[str, tuple[int, ...]] = {}
+        self._known: dict[str, bytes] = {}
 
     def encode(self, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """The ids of each text, but of those that can't be cut or have a fault; all are free of the control token."""
         if len(self._known) > _MOST:
             self._known = {}
         known = self._known
-        split: dict[str, list[str]] = {}
+        found: dict[str, tuple[int, ...]] = {}
+        pending: list[tuple[str, list[str]]] = []
         new: dict[str, None] = {}
         for text in texts:
             if self._refused and self._refused.search(text):
                 continue
-            words = _marked(text.split(" "))
-            fresh = [*itertools.filterfalse(known.__contains__, words)]
-            if fresh and not all(map(_whole, fresh)):
+            uneven = "  " in text or "\n " in text or " \n" in text
+            words = _marked(_CUT.split(text) if uneven else text.split(" "))
+            try:
+                found[text] = _ids(map(known.__getitem__, words))
+                continue
+            except KeyError:
+                fresh = _without(new, _without(known, words))
+            if not all(map(_whole, fresh)):
                 words = _marked(_CUT.split(text))
-                fresh = [*itertools.filterfalse(known.__contains__, words)]
-            split[text] = words
-            new.update(dict.fromkeys(fresh))
+            new.update(dict.fromkeys(_without(known, words)))
+            pending.append((text, words))
         learned = self._learn([*new])
         known.update((word, ids) for word, ids in learned.items() if len(word) <= _LONG)
-        found = {}
-        for text, words in split.items():
-            try:
-                found[text] = tuple(_joined(map(known.__getitem__, words)))
-            except KeyError:  # not kept: a long word, or one with a fault
-                ids = [known.get(word) or learned.get(word) for word in words]
-                if None not in ids:
-                    found[text] = tuple(_joined(ids))
+        for text, words in pending:
+            parts = [known.get(word) or learned.get(word) for word in words]
+            if None not in parts:  # none of them has a fault
+                found[text] = _ids(parts)
         return found
 
-    def _learn(self, words: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    def _learn(self, words: Sequence[str]) -> dict[str, bytes]:
         """The ids of words, but of those with a fault."""
         texts = [_text(word) for word in words]
         groups = [texts[at : at + _TOGETHER] for at in range(0, len(texts), _TOGETHER)]
         together = self._encode([self._separator.join(group) for group in groups])
-        found: list[list[int]] = []
+        found: list[bytes] = []
         for group, ids in zip(groups, together, strict=True):
             parts = _split(ids, self._separator_id)
             # Another number of parts: the separator was made of a word, or a word took part of it.
-            found += parts if len(parts) == len(group) else self._encode(group)
+            found += (
+                parts
+                if len(parts) == len(group)
+                else [each.tobytes() for each in self._encode(group)]
+            )
         made = zip(words, texts, found, strict=True)
-        return {word: tuple(ids) for word, text, ids in made if self._sound(text, ids)}
+        if self._sound("".join(texts), _ids(found)):
+            return {word: ids for word, _, ids in made}
+        return {word: ids for word, text, ids in made if self._sound(text, _ids([ids]))}
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [each.ids for each in encoded]
+        return [np.array(each.ids, np.int32) for each in encoded]
 
 
-_joined = itertools.chain.from_iterable
+def _ids(parts: Iterable[bytes]) -> tuple[int, ...]:
+    """Ids are kept as bytes: half a million tuples would keep Python's garbage collection busy."""
+    return tuple(np.frombuffer(b"".join(parts), np.int32).tolist())
+
+
+def _without(held: Mapping[str, Any], words: Iterable[str]) -> Iterable[str]:
+    return itertools.filterfalse(held.__contains__, words)
 
 
 def of(
@@ -240,9 +255,8 @@ def _text(word: str) -> str:
     return word[1:] if word.startswith(" ") else f" {word}"
 
 
-def _split(ids: Sequence[int], separator: int) -> list[list[int]]:
-    found, start = [], 0
-    for at in (*(i for i, token in enumerate(ids) if token == separator), len(ids)):
-        found.append(list(ids[start:at]))
-        start = at + 1
-    return found
+def _split(ids: np.ndarray, separator: int) -> list[bytes]:
+    ends = np.flatnonzero(ids == separator).tolist()
+    held = ids.tobytes()
+    starts = [0, *(4 * end + 4 for end in ends)]
+    return [held[a : 4 * b] for a, b in zip(starts, [*ends, len(ids)], strict=True)]
