@@ -73,6 +73,11 @@ class Encoder:
         self._train_on = train_on
         self._system = system
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An equal one with counts of its own: what it knows of the tokenizer is found anew."""
+        settings = {"train_on": self._train_on, "system": self._system}
+        return functools.partial(Encoder, **settings), (self.tokenizer,)
+
     def encode(self, some: Sequence[examples.Example]) -> list[Encoded]:
         """The rows of each example, or why it has none.
 
