@@ -77,12 +77,12 @@ class Words:
         self._separator, self._separator_id = control
         self._known: dict[str, bytes] = {}
 
-    def encode(self, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """The ids of each text, but of those that can't be cut or have a fault; all are free of the control token."""
+    def encode(self, texts: Iterable[str]) -> dict[str, bytes]:
+        """The ids of each text, as bytes, but of those that can't be cut or have a fault; all are free of the control token."""
         if len(self._known) > _MOST:
             self._known = {}
         known = self._known
-        found: dict[str, tuple[int, ...]] = {}
+        found: dict[str, bytes] = {}
         pending: list[tuple[str, list[str]]] = []
         new: dict[str, None] = {}
         for text in texts:
@@ -91,7 +91,7 @@ class Words:
             uneven = "  " in text or "\n " in text or " \n" in text
             words = _marked(_CUT.split(text) if uneven else text.split(" "))
             try:
-                found[text] = _ids(map(known.__getitem__, words))
+                found[text] = b"".join(map(known.__getitem__, words))
                 continue
             except KeyError:
                 fresh = _without(new, _without(known, words))
@@ -102,9 +102,12 @@ class Words:
         learned = self._learn([*new])
         known.update((word, ids) for word, ids in learned.items() if len(word) <= _LONG)
         for text, words in pending:
-            parts = [known.get(word) or learned.get(word) for word in words]
-            if None not in parts:  # none of them has a fault
-                found[text] = _ids(parts)
+            try:
+                found[text] = b"".join(
+                    known[word] if word in known else learned[word] for word in words
+                )
+            except KeyError:  # one of them has a fault
+                continue
         return found
 
     def _learn(self, words: Sequence[str]) -> dict[str, bytes]:
@@ -116,24 +119,24 @@ class Words:
         for group, ids in zip(groups, together, strict=True):
             parts = _split(ids, self._separator_id)
             # Another number of parts: the separator was made of a word, or a word took part of it.
-            found += (
-                parts
-                if len(parts) == len(group)
-                else [each.tobytes() for each in self._encode(group)]
-            )
+            found += parts if len(parts) == len(group) else map(as_bytes, self._encode(group))
         made = zip(words, texts, found, strict=True)
-        if self._sound("".join(texts), _ids(found)):
+        if self._sound("".join(texts), as_ids(b"".join(found))):
             return {word: ids for word, _, ids in made}
-        return {word: ids for word, text, ids in made if self._sound(text, _ids([ids]))}
+        return {word: ids for word, text, ids in made if self._sound(text, as_ids(ids))}
 
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(each.ids, np.int32) for each in encoded]
+        return [each.ids for each in encoded]
 
 
-def _ids(parts: Iterable[bytes]) -> tuple[int, ...]:
-    """Ids are kept as bytes: half a million tuples would keep Python's garbage collection busy."""
-    return tuple(np.frombuffer(b"".join(parts), np.int32).tolist())
+def as_bytes(ids: Sequence[int]) -> bytes:
+    """Ids as they are kept and joined: tuples of them take more room, and keep Python's garbage collection busy."""
+    return np.array(ids, np.int32).tobytes()
+
+
+def as_ids(held: bytes) -> list[int]:
+    return np.frombuffer(held, np.int32).tolist()
 
 
 def _without(held: Mapping[str, Any], words: Iterable[str]) -> Iterable[str]:
@@ -154,8 +157,8 @@ def of(
     found = Words(backend, control, re.compile(refused) if refused else None, sound)
     texts = [*_TRIALS, *(a + " " + b for a, b in itertools.product(_TRIALS, repeat=2))]
     encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-    ids = dict(zip(texts, (tuple(each.ids) for each in encoded), strict=True))
-    return found if all(ids[text] == made for text, made in found.encode(texts).items()) else None
+    ids = {text: as_bytes(each.ids) for text, each in zip(texts, encoded, strict=True)}
+    return found if found.encode(texts).items() <= ids.items() else None
 
 
 def _uncut(tokenizer: Any) -> str | None:
@@ -255,8 +258,8 @@ def _text(word: str) -> str:
     return word[1:] if word.startswith(" ") else f" {word}"
 
 
-def _split(ids: np.ndarray, separator: int) -> list[bytes]:
-    ends = np.flatnonzero(ids == separator).tolist()
-    held = ids.tobytes()
+def _split(ids: list[int], separator: int) -> list[bytes]:
+    held = as_bytes(ids)
+    ends = np.flatnonzero(np.frombuffer(held, np.int32) == separator).tolist()
     starts = [0, *(4 * end + 4 for end in ends)]
     return [held[a : 4 * b] for a, b in zip(starts, [*ends, len(ids)], strict=True)]
