@@ -73,6 +73,11 @@ class Encoder:
         self._train_on = train_on
         self._system = system
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An equal one with counts of its own: what it knows of the tokenizer is found anew."""
+        settings = {"train_on": self._train_on, "system": self._system}
+        return functools.partial(Encoder, **settings), (self.tokenizer,)
+
     def encode(self, some: Sequence[examples.Example]) -> list[Encoded]:
         """The rows of each example, or why it has none.
 
@@ -133,14 +138,14 @@ class Encoder:
         at = [i for i, example in enumerate(some) if not example.messages]
         if not at:
             return found
-        end = [self.tokenizer.eos_token_id]
+        end = self.tokenizer.eos_token_id
         for i, ids in zip(
             at, plain_tokens(self.tokenizer, [some[i].text for i in at]), strict=True
         ):
             if isinstance(ids, errors.UserError):
                 found[i] = _fault(some[i], ids)
                 continue
-            whole = np.array(ids + (end if end != [None] else []), np.int32)
+            whole = np.append(ids, [] if end is None else end).astype(np.int32)
             found[i] = [rows.Row(whole, np.ones(len(whole), bool), some[i].source)]
         return found
 
@@ -226,25 +231,28 @@ class Encoder:
         except errors.UserError as error:
             return error
 
-    def _row(self, texts: _Texts, ids: tuple[list[int], list[int]], source: str) -> rows.Row:
+    def _row(
+        self, texts: _Texts, ids: tuple[tokenising.Ids, tokenising.Ids], source: str
+    ) -> rows.Row:
         """The ids up to the stop token, of which those behind the prompt are trained."""
         prompt, whole = ids
         start = len(prompt)
-        if whole[:start] != prompt:
+        if not np.array_equal(whole[:start], prompt):
             # The answer's first characters merge with the prompt's last into one token, as in "\n" + "\n- one". The
             # prompt has to have the ids that generation gives it.
             tail = texts[1].text[len(texts[0].text) :]
-            whole = prompt + self._tokens.encode_after(template.Rendered(tail, texts[1].mark))
-        stop = self._template.stop
-        if stop not in whole[start:]:
+            behind = self._tokens.encode_after(template.Rendered(tail, texts[1].mark))
+            whole = np.concatenate([prompt, behind])
+        stops = np.flatnonzero(whole[start:] == self._template.stop)
+        if not len(stops):
             raise errors.UserError(
                 "the chat template ends this turn without "
-                f"{self.tokenizer.convert_ids_to_tokens(stop)!r}; check data.chat_template"
+                f"{self.tokenizer.convert_ids_to_tokens(self._template.stop)!r}; check data.chat_template"
             )
-        end = whole.index(stop, start) + 1
+        end = start + int(stops[0]) + 1
         trained = np.zeros(end, bool)
         trained[0 if self._train_on == "everything" else start :] = True
-        return rows.Row(np.array(whole[:end], np.int32), trained, source)
+        return rows.Row(whole[:end], trained, source)
 
 
 def prompt_tokens(
@@ -262,12 +270,13 @@ def prompt_tokens(
     try:
         known.check_tools(turns, tools)
         mark = template.unused_character(turns, tools)
-        return _sound(*_tokens(known).encode(known.render([turns], tools, True, [mark])))[0]
+        (ids,) = _sound(*_tokens(known).encode(known.render([turns], tools, True, [mark])))
+        return ids.tolist()
     except errors.UserError as error:
         raise errors.UserError(f"prompt: {error}") from error
 
 
-def plain_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int] | errors.UserError]:
+def plain_tokens(tokenizer: Any, texts: Sequence[str]) -> list[tokenising.Ids | errors.UserError]:
     """The ids of plain texts, after BOS where the tokenizer puts one by itself; no control token but that."""
     control, found = _without_template(tokenizer)
     return found.encode([template.broken(text, control) for text in texts])
@@ -310,7 +319,7 @@ def _place(placed: list[rows.Row], row: rows.Row) -> None:
     placed.append(row)
 
 
-def _sound(*found: list[int] | errors.UserError) -> Any:
+def _sound(*found: tokenising.Ids | errors.UserError) -> Any:
     for ids in found:
         if isinstance(ids, errors.UserError):
             raise ids

@@ -5,6 +5,7 @@ A file's contents are hashed once for each path, size and time of change; what t
 and the options give is found under their hash, wherever the file lies.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -19,11 +20,11 @@ from typing import Any
 import tqdm
 
 from jft import errors
-from jft.data import encoding, examples, files, formats, hub, readers, store
+from jft.data import encoding, examples, files, formats, hub, readers, store, workers
 from jft.models import resolve
 
 VERSION = 1  # of what is stored; another one when the same input gives other rows
-CHUNK = 1000  # examples encoded together
+CHUNK = 500  # examples encoded together
 # A file that changed this many seconds ago may change once more without a new time of change.
 SETTLED = 2.0
 UNUSED = 30 * 24 * 3600.0  # seconds after which what was not used goes
@@ -83,18 +84,16 @@ def hash_of(what: Any) -> str:
 def _make(folder: pathlib.Path, table: formats.Table, encoder: encoding.Encoder) -> None:
     encoder.counts = encoding.Counts()
     read, faults = 0, []
-    with store.Writer(folder, table.files) as writer, _progress(table) as bar:
-        items = iter(table)
-        while some := list(itertools.islice(items, CHUNK)):
+    items = iter(table)
+    chunks = iter(lambda: list(itertools.islice(items, CHUNK)), [])
+    made = contextlib.closing(workers.encoded(encoder, chunks))
+    with store.Writer(folder, table.files) as writer, _progress(table) as bar, made as encoded:
+        for some, found in encoded:
             read += len(some)
             bar.update(len(some))
-            good = [item for item in some if isinstance(item, examples.Example)]
-            faults += [item for item in some if isinstance(item, examples.Fault)]
-            if faults:
-                continue  # the rest is only counted
-            encoded = encoder.encode(good)
-            faults += [item for item in encoded if isinstance(item, examples.Fault)]
-            writer.add(good, [item for item in encoded if not isinstance(item, examples.Fault)])
+            faults += [item for item in (*some, *found) if isinstance(item, examples.Fault)]
+            if not faults:  # else the rest is only counted
+                writer.add(some, found)
         if faults:
             raise errors.UserError(_told(faults, read))
         if not writer.examples:

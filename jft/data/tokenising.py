@@ -2,7 +2,7 @@
 """Rendered text to token ids, many texts at a time.
 
 Control tokens cut a text into segments that do not influence each other. So each different segment of all the texts is
-tokenised once, on all cores; a prompt and the conversation that goes on from it share all but their last ones. Where a
+tokenised once, from words seen before where that gives the same ids; a prompt and the conversation that goes on from it share all but their last ones. Where a
 tokenizer does look across a control token (it strips the space beside one, or puts a space before whatever it is given),
 each text is tokenised as a whole instead.
 """
@@ -11,13 +11,13 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jft import errors
-from jft.data import template
+from jft.data import template, words
 
 _TRIALS = (
     "a",
@@ -33,6 +33,8 @@ _TRIALS = (
     "'s x",
     "\t\r\n\t",
 )
+
+Ids = np.ndarray  # int32 [n]
 
 
 class Tokeniser:
@@ -51,36 +53,32 @@ class Tokeniser:
         self.start = _start(tokenizer)
         self._lost = _lost_bytes(tokenizer)
         self._apart = _segments_are_apart(tokenizer, self._pattern, self._ids)
+        self._words = self._by_words() if self._apart else None
 
-    def encode(self, texts: Sequence[template.Rendered]) -> list[list[int] | errors.UserError]:
+    def encode(self, texts: Sequence[template.Rendered]) -> list[Ids | errors.UserError]:
         """The ids of whole texts, BOS first where the tokenizer puts one by itself; a fault in place of a text's ids."""
         return [self._begin(ids) for ids in self._encode(texts, after=False)]
 
-    def encode_after(self, text: template.Rendered) -> list[int]:
+    def encode_after(self, text: template.Rendered) -> Ids:
         """The ids of text that follows other text."""
         found = self._encode([text], after=True)[0]
         if isinstance(found, errors.UserError):
             raise found
         return found
 
-    def _begin(self, ids: list[int] | errors.UserError) -> list[int] | errors.UserError:
+    def _begin(self, ids: Ids | errors.UserError) -> Ids | errors.UserError:
         if isinstance(ids, errors.UserError) or not self.start or tuple(ids[:1]) == self.start:
             return ids
-        return [*self.start, *ids]
+        return np.concatenate([np.array(self.start, np.int32), ids])
 
     def _encode(
         self, texts: Sequence[template.Rendered], after: bool
-    ) -> list[list[int] | errors.UserError]:
+    ) -> list[Ids | errors.UserError]:
         if not self._apart:
             return [self._whole(text, after) for text in texts]
         parts = [self._parts(text) for text in texts]
         known = self._segments(dict.fromkeys(itertools.chain.from_iterable(parts)))
-        found: list[list[int] | errors.UserError] = []
-        for some in parts:
-            ids = [known[part] for part in some]
-            fault = next((one for one in ids if isinstance(one, errors.UserError)), None)
-            found.append(fault or list(itertools.chain.from_iterable(ids)))  # type: ignore[arg-type]
-        return found
+        return [_joined([known[part] for part in some]) for some in parts]
 
     def _parts(self, text: template.Rendered) -> list[str]:
         """Segments and control tokens in turn. A mark ends a segment: what is beside it is not the template's."""
@@ -97,21 +95,25 @@ class Tokeniser:
     def _split(self, text: str) -> list[str]:
         return self._splitter.split(text)
 
-    def _segments(self, parts: Iterable[str]) -> dict[str, tuple[int, ...] | errors.UserError]:
-        """Ids of each part, or what is wrong with it."""
-        known: dict[str, tuple[int, ...] | errors.UserError] = {}
-        segments = []
-        for part in parts:
-            if part in self._ids:
-                known[part] = (self._ids[part],)
-            else:
-                segments.append(part)
+    def _segments(self, parts: Collection[str]) -> dict[str, bytes | errors.UserError]:
+        """Ids of each part, as bytes, or what is wrong with it."""
+        known: dict[str, bytes | errors.UserError] = {
+            part: words.as_bytes([self._ids[part]]) for part in parts if part in self._ids
+        }
+        if self._words:
+            known |= self._words.encode(part for part in parts if part not in known)
+        rest = [part for part in parts if part not in known]
         backend = self._tokenizer.backend_tokenizer
-        encoded = backend.encode_batch_fast(segments, add_special_tokens=False)
-        for part, found in zip(segments, encoded, strict=True):
-            ids = tuple(found.ids)
-            known[part] = self._fault(part, ids) or ids
+        encoded = backend.encode_batch_fast(rest, add_special_tokens=False)
+        for part, found in zip(rest, encoded, strict=True):
+            known[part] = self._fault(part, found.ids) or words.as_bytes(found.ids)
         return known
+
+    def _by_words(self) -> words.Words | None:
+        def sound(text: str, ids: Sequence[int]) -> bool:
+            return self._fault(text, ids) is None
+
+        return words.of(self._tokenizer, next(iter(self._ids.items())), sound)
 
     def _fault(self, text: str, ids: Collection[int]) -> errors.UserError | None:
         """What is wrong with a message's text, of which all is tokens but none a control token."""
@@ -128,14 +130,14 @@ class Tokeniser:
             )
         return None
 
-    def _whole(self, text: template.Rendered, after: bool) -> list[int] | errors.UserError:
+    def _whole(self, text: template.Rendered, after: bool) -> Ids | errors.UserError:
         first, *rest = text.text.split(text.mark)
         tokens = self._later(first) if after else plain(self._tokenizer, first)
         for piece in rest:
             tokens += self._later(piece)
         written = sum(1 for piece in (first, *rest) for _ in self._pattern.finditer(piece))
         mine = sum(1 for token in tokens if token in self._forbidden) > written
-        return self._fault("", self._forbidden if mine else ()) or tokens
+        return self._fault("", self._forbidden if mine else ()) or np.array(tokens, np.int32)
 
     def _later(self, text: str) -> list[int]:
         """Ids of text in the middle of a sequence.
@@ -152,6 +154,14 @@ class Tokeniser:
             if tokens[: len(before)] == before:
                 return tokens[len(before) :]
         return found
+
+
+def _joined(parts: Sequence[bytes | errors.UserError]) -> Ids | errors.UserError:
+    """The ids of a text from those of its parts, or the first fault of one."""
+    try:
+        return np.frombuffer(b"".join(parts), np.int32)  # type: ignore[arg-type]
+    except TypeError:
+        return next(part for part in parts if isinstance(part, errors.UserError))
 
 
 def plain(tokenizer: Any, text: str) -> list[int]:
