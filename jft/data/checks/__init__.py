@@ -19,6 +19,7 @@ from jft.data.checks import (
     personal,
     placeholders,
     repeats,
+    templates,
 )
 
 _SHOWN = 20  # messages of unusable rows in `details`
@@ -38,6 +39,7 @@ class Examination:
             damage.Damage(),
             credentials.Credentials(),
             personal.Personal(),
+            templates.Templates(),
         )
 
     def add(self, item: examples.Example | examples.Fault, *, valid: bool = False) -> None:
