@@ -4,6 +4,7 @@ at inference are those of the training prefix, whatever people write.
 """
 
 import functools
+import json
 import re
 from typing import Any
 
@@ -99,8 +100,25 @@ def conversations(draw: st.DrawFn, tokenizer: Any) -> examples.Example:
         messages.append(turn("system", draw(texts(tokenizer))))
     for _ in range(draw(st.integers(1, 3))):
         messages.append(turn("user", draw(texts(tokenizer))))
+        if writes_tools(tokenizer) and draw(st.booleans()):
+            arguments = draw(st.dictionaries(texts(tokenizer), texts(tokenizer), max_size=2))
+            function = {"name": "look_up", "arguments": arguments}
+            calls = [{"type": "function", "function": function}]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            messages.append({"role": "tool", "content": draw(texts(tokenizer))})
         messages.append(turn("assistant", draw(answers(tokenizer))))
     return examples.Example(tuple(messages), "f:row 1")
+
+
+def writes_tools(tokenizer: Any) -> bool:
+    return template.analysed(tokenizer).writes == {"tools", "calls", "results"}
+
+
+def called(answer: str) -> Any:
+    """What a call as Qwen3's template writes it says."""
+    inside = answer.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+    assert inside != answer
+    return json.loads(inside)
 
 
 def spans(row: rows.Row) -> list[tuple[int, int]]:
@@ -141,7 +159,11 @@ def test_answers_are_trained_whole_and_alone_behind_the_ids_of_inference(tokeniz
             prompt = encoding.prompt_tokens(tokenizer, example.messages[:at])
             assert row.tokens[:start].tolist() == prompt
             assert ids[-1] == stop and stop not in ids[:-1]
-            assert said(tokenizer, ids[:-1]) == _plain(example.messages[at]["content"])
+            answer, expected = said(tokenizer, ids[:-1]), example.messages[at]
+            if expected.get("tool_calls"):
+                assert called(answer) == expected["tool_calls"][0]["function"]
+            else:
+                assert answer == expected["content"].strip()
 
     check()
 
@@ -155,10 +177,6 @@ def _answers(row: rows.Row, begin: int, end: int, stop: int) -> list[tuple[int, 
     return found
 
 
-def _plain(text: str) -> str:
-    return text.strip()
-
-
 def test_what_people_write_is_never_a_control_token(tokenizer: Any) -> None:
     encoder = encoding.Encoder(tokenizer)
     control = set(template.analysed(tokenizer).control_ids.values())
@@ -166,9 +184,7 @@ def test_what_people_write_is_never_a_control_token(tokenizer: Any) -> None:
     @SETTINGS
     @hypothesis.given(conversations(tokenizer))
     def check(example: examples.Example) -> None:
-        plain = examples.Example(
-            tuple(turn(each["role"], "x") for each in example.messages), "f:row 1"
-        )
+        plain = examples.Example(tuple(_plain(each) for each in example.messages), "f:row 1")
         found, expected = (
             [[t for t in row.tokens.tolist() if t in control] for row in encoder.one(one)]
             for one in (example, plain)
@@ -178,9 +194,16 @@ def test_what_people_write_is_never_a_control_token(tokenizer: Any) -> None:
     check()
 
 
+def _plain(turn: examples.Turn) -> examples.Turn:
+    """The same kind of turn without anything that a person wrote."""
+    if not turn.get("tool_calls"):
+        return turn | {"content": "x"}
+    function = {"name": "look_up", "arguments": {}}
+    return turn | {"tool_calls": [{"type": "function", "function": function}]}
+
+
 def test_one_bos(tokenizer: Any) -> None:
-    if tokenizer.bos_token_id is None or tokenizer.bos_token in tokenizer.chat_template:
-        pass  # Qwen3 has none; SmolLM2's is the mark that begins each turn
+    # Qwen3 has none, and SmolLM2's is the mark that begins each turn.
     row = encoding.Encoder(tokenizer).one(
         examples.Example(examples.pair("hello", "there"), "f:row 1")
     )[0]
