@@ -23,6 +23,7 @@ from jft import models
 from jft.data import findings, rows
 from jft.models import decoder
 
+SHOWN = 20  # smallest gains in the statistics, whatever is named
 FEWEST = 20  # answers; of fewer, none can be called unusual
 MOST = 0.2  # of the answers may be unusual; see `outlying`
 # By measurement, docs/data.md: 60 rows each of five sets with 6 answers swapped, SmolLM2-135M-Instruct.
@@ -84,30 +85,28 @@ def find(
     alone, given = losses(model, chosen, progress)
     gains = alone - given
     told |= {"mean_loss": float(given.mean()), "mean_gain": float(gains.mean())}
+    order = [int(i) for i in np.argsort(gains, kind="stable")]
+    told["smallest_gains"] = [_described(chosen[i], given[i], gains[i]) for i in order[:SHOWN]]
     unusual = outlying(gains)
     if not unusual.any():
         return None, told
-    order = [int(i) for i in np.argsort(gains) if unusual[i]]
-    numbers = [
-        {
-            "path": chosen[i].place[0],
-            "row": chosen[i].place[1],
-            "loss": round(float(given[i]), 3),
-            "gain": round(float(gains[i]), 3),
-        }
-        for i in order
-    ]
+    named = [_described(chosen[i], given[i], gains[i]) for i in order if unusual[i]]
     finding = findings.Finding(
         "outlier",
         "warning",
-        len(order),
-        tuple(sorted(chosen[i].place for i in order)),
-        f"{len(order):,} of {len(chosen):,} answers looked at (of {answers.seen:,}) are hardly likelier after their"
-        f" prompts than after none; worst first: {', '.join(str(e['row']) for e in numbers[:5])}",
+        len(named),
+        tuple(chosen[i].place for i in np.flatnonzero(unusual)),
+        f"{len(named):,} of {len(chosen):,} answers looked at (of {answers.seen:,}) are hardly likelier after their"
+        f" prompts than after none; worst first: {', '.join(str(e['row']) for e in named[:5])}",
         "look whether each answer belongs to its prompt; hard or very short answers can be right",
-        {**told, "worst_first": numbers},
+        {"worst_first": named},
     )
     return finding, told
+
+
+def _described(answer: Answer, loss: float, gain: float) -> dict[str, Any]:
+    path, row = answer.place
+    return {"path": path, "row": row, "loss": round(float(loss), 3), "gain": round(float(gain), 3)}
 
 
 def losses(
