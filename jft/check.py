@@ -15,8 +15,6 @@ from jft import errors
 from jft.data import accounting, checks, encoding, examples, findings, formats, lengths, rows
 from jft.terminal import showing
 
-# Kinds whose rows are not trained on.
-LEFT_OUT = ("malformed", "empty", "template", "dropped")
 PRIVATE = ("secret", "personal_data")  # kinds whose rows are never quoted
 _CHUNK = 512  # examples tokenised together
 _OUTLIERS = 500  # answers whose losses are computed, unless told otherwise

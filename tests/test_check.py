@@ -26,7 +26,7 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "say <|im_end|> now", "response": "no"},
     {"prompt": "\x1b[31m[bold]red[/bold]", "response": "\u202eblue"},
 ]
-KEYS = {"kind", "severity", "count", "rows", "message", "advice", "details"}
+KEYS = {"kind", "severity", "count", "left_out", "rows", "message", "advice", "details"}
 
 
 def write(path: pathlib.Path, rows: Sequence[Any]) -> str:
@@ -35,8 +35,9 @@ def write(path: pathlib.Path, rows: Sequence[Any]) -> str:
 
 
 @pytest.fixture
-def data(tmp_path: pathlib.Path) -> str:
-    return write(tmp_path / "data.jsonl", ROWS)
+def data(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return write(pathlib.Path("data.jsonl"), ROWS)
 
 
 def jft(capsys: Any, *arguments: str, code: int = 0) -> str:
@@ -61,7 +62,7 @@ def rows_of(report: dict[str, Any], kind: str) -> list[Any]:
 
 
 def left_out(report: dict[str, Any]) -> int:
-    return sum(len(rows_of(report, kind)) for kind in check.LEFT_OUT)
+    return sum(finding["left_out"] for finding in report["findings"])
 
 
 # ---- the object

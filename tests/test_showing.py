@@ -165,9 +165,15 @@ def test_excerpts_fit(width: int) -> None:
 
 
 def test_show_prints_rows_and_then_the_report(
-    tokenizer: Any, row: rows.Row, tiny_model: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+    tokenizer: Any,
+    row: rows.Row,
+    tiny_model: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
-    path = tmp_path / "a.jsonl"
+    monkeypatch.chdir(tmp_path)
+    path = pathlib.Path("a.jsonl")  # short, so that the line that names it is not broken
     lines = [{"prompt": PROMPT, "response": ANSWER}, {"prompt": 1, "response": "x"}]
     lines += [{"prompt": f"{i}?", "response": "blue"} for i in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

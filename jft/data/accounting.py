@@ -114,6 +114,7 @@ class Account:
             f"{_rows(self._template)} can't be encoded: {_cause(first)}{more}",
             "change these rows, or set data.chat_template to a template that takes them",
             {"causes": sorted(causes)[:20]},
+            left_out=len(self._template),
         )
 
     def _empty(self) -> findings.Finding | None:
@@ -126,6 +127,7 @@ class Account:
             tuple(self._untrained),
             f"{_rows(self._untrained)} without a token to train on, so they are left out",
             "look at one with --rows=N, and at what data.train_on selects",
+            left_out=len(self._untrained),
         )
 
     def _dropped(self) -> findings.Finding | None:
@@ -149,6 +151,7 @@ class Account:
             f"{_rows(self._long)} longer than max_length={limit}{what}",
             f"{advice}{', '.join(others[:-1])} or {others[-1]}",
             {"max_length": limit, "overlength": overlength, "longest": self._longest},
+            left_out=len(self._long),
         )
 
     def _truncated(self) -> findings.Finding | None:
@@ -189,24 +192,24 @@ class Account:
 
 
 def merged(found: Iterable[findings.Finding]) -> list[findings.Finding]:
-    """One finding of each kind, sorted by severity, then by kind as `findings.KINDS` has them."""
-    kinds: dict[str, findings.Finding] = {}
+    """One finding of each kind and severity, sorted by severity, then by kind as `findings.KINDS` has them."""
+    kinds: dict[tuple[str, str], findings.Finding] = {}
     for finding in found:
-        before = kinds.get(finding.kind)
-        kinds[finding.kind] = _joined(before, finding) if before else finding
+        key = finding.kind, finding.severity
+        kinds[key] = _joined(kinds[key], finding) if key in kinds else finding
 
-    def key(finding: findings.Finding) -> tuple[int, int]:
+    def order(finding: findings.Finding) -> tuple[int, int]:
         return findings.SEVERITIES.index(finding.severity), findings.KINDS.index(finding.kind)
 
-    return sorted(kinds.values(), key=key)
+    return sorted(kinds.values(), key=order)
 
 
 def _joined(a: findings.Finding, b: findings.Finding) -> findings.Finding:
     return dataclasses.replace(
         a,
-        severity=min(a.severity, b.severity, key=findings.SEVERITIES.index),
         count=a.count + b.count,
-        places=tuple(dict.fromkeys((*a.places, *b.places))),
+        left_out=a.left_out + b.left_out,
+        places=tuple(sorted({*a.places, *b.places})),
         message=f"{a.message}; {b.message}",
         advice=a.advice if a.advice == b.advice else f"{a.advice}; {b.advice}",
         details={**a.details, **b.details},

@@ -43,11 +43,12 @@ class Finding:
     message: str  # what was found, with its numbers, one line
     advice: str  # what to do, one line
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    left_out: int = 0  # rows of these that training does not use; a row is counted by one finding
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that a check found. `rows` = `trained_rows` + rows that some finding reports as left out."""
+    """All that a check found. `rows` = `trained_rows` + the findings' `left_out`."""
 
     rows: int  # in the files, blank lines apart
     trained_rows: int  # that training would use

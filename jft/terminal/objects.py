@@ -38,6 +38,7 @@ def _finding(finding: findings.Finding, files: Sequence[str]) -> dict[str, Any]:
         "kind": finding.kind,
         "severity": finding.severity,
         "count": finding.count,
+        "left_out": finding.left_out,
         "rows": [
             number if path == alone else f"{path}:{number}" for path, number in finding.places
         ],

@@ -98,6 +98,7 @@ class _Faults:
                 f"{found.plural(len(self._rows), 'row')} can't be used: {self._messages[0]}{more}",
                 "mend the rows, or take them out (--fix does)",
                 {"messages": self._messages, "fix": "remove"},
+                left_out=len(self._rows),
             )
         ]
 
