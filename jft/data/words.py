@@ -14,6 +14,7 @@ What stands between two such spaces is a word here, with its punctuation. The to
 first. What is whitespace is all that this has to know of Unicode.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -102,12 +103,8 @@ class Words:
         learned = self._learn([*new])
         known.update((word, ids) for word, ids in learned.items() if len(word) <= _LONG)
         for text, words in pending:
-            try:
-                found[text] = b"".join(
-                    known[word] if word in known else learned[word] for word in words
-                )
-            except KeyError:  # one of them has a fault
-                continue
+            with contextlib.suppress(KeyError):  # a word with a fault
+                found[text] = _put_together(words, known, learned)
         return found
 
     def _learn(self, words: Sequence[str]) -> dict[str, bytes]:
@@ -137,6 +134,15 @@ def as_bytes(ids: Sequence[int]) -> bytes:
 
 def as_ids(held: bytes) -> list[int]:
     return np.frombuffer(held, np.int32).tolist()
+
+
+def _put_together(
+    words: Sequence[str], known: Mapping[str, bytes], learned: Mapping[str, bytes]
+) -> bytes:
+    try:
+        return b"".join(map(known.__getitem__, words))
+    except KeyError:  # a long word is not kept
+        return b"".join(known[word] if word in known else learned[word] for word in words)
 
 
 def _without(held: Mapping[str, Any], words: Iterable[str]) -> Iterable[str]:

@@ -8,6 +8,7 @@ imports no jax. It ends when its pipe does, so with its parent, however that end
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -146,7 +147,9 @@ class _Pool:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)  # its threads read from pipes that have ended
+        for process in self._processes:
+            process.close()
 
 
 class _Process:
@@ -188,6 +191,12 @@ class _Process:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # a request that was not read
+                pipe.close()
 
 
 def _write(pipe: IO[bytes], message: bytes) -> None:
@@ -231,23 +240,23 @@ def _unpacked(packed: _Packed, some: Sequence[examples.Example]) -> list[encodin
     ]
 
 
-def _serve() -> None:
-    """Sets up with the first request's encoder, then encodes what each further one holds."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
-    encoder: encoding.Encoder | None = None
-    while request := _read(sys.stdin.buffer):
+class _Service:
+    """What a process does: it is set up with the first request's encoder, and encodes what each further one holds."""
+
+    def __init__(self) -> None:
+        self._encoder: encoding.Encoder | None = None
+
+    def answer(self, request: bytes) -> bytes:
         try:
-            held = pickle.loads(request)
-            if encoder is None:
-                encoder, found = held, None
+            held, found = pickle.loads(request), None
+            if self._encoder is None:
+                self._encoder = held
             else:
-                encoder.counts = encoding.Counts()
-                found = _packed(encoder.encode(held)), encoder.counts
-            answer = pickle.dumps((True, found), pickle.HIGHEST_PROTOCOL)
+                self._encoder.counts = encoding.Counts()
+                found = _packed(self._encoder.encode(held)), self._encoder.counts
+            return pickle.dumps((True, found), pickle.HIGHEST_PROTOCOL)
         except Exception as error:
-            answer = _error(error)
-        _write(answers, answer)
+            return _error(error)
 
 
 def _error(error: Exception) -> bytes:
@@ -261,6 +270,19 @@ def _error(error: Exception) -> bytes:
     except Exception:  # an exception class need not come back from its pickle
         return pickle.dumps((False, RuntimeError(told)))
     return answer
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    service = _Service()
+    try:
+        while request := _read(sys.stdin.buffer):
+            _write(answers, service.answer(request))
+    except (
+        BrokenPipeError
+    ):  # the parent has ended, which is nothing to tell; closing the pipe would fail again
+        os._exit(1)
 
 
 if __name__ == "__main__":
