@@ -86,7 +86,9 @@ def test_dolly_has_one_prompt_with_two_answers(data: pathlib.Path) -> None:
     assert numbers(found["encoding", "warning"]) == lost and len(lost) == 1
     # Near duplicates under one instruction are few: the Alpaca template is in every prompt.
     assert found["near_duplicate", "warning"].count == 3
-    assert found["template", "warning"].count == 1000  # of which every prompt already holds Alpaca's
+    assert (
+        found["template", "warning"].count == 1000
+    )  # of which every prompt already holds Alpaca's
     assert kinds(found) == {"conflict", "encoding", "near_duplicate", "placeholder", "template"}
 
 
