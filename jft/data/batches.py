@@ -154,7 +154,9 @@ def evaluation(
 def _check(sources: Sequence[rows_of.Rows], length: int) -> None:
     for number, source in enumerate(sources):
         if not len(source):
-            raise errors.UserError(f"source {number} of {len(sources)} has no rows: leave it out")
+            raise errors.UserError(
+                f"source {number + 1} of {len(sources)} has no rows left to train on: leave it out of data.train"
+            )
         untrained = np.flatnonzero(source.trained < 1)
         if len(untrained):
             row = source[int(untrained[0])]

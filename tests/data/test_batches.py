@@ -222,7 +222,7 @@ def untrained(length: int) -> rows.Row:
     [
         ([untrained(4)], {}, r"f:row 3: has no token to train on.*1 of 1 rows"),
         (random_rows.make([3, 65]), {}, "row 1: takes 65 positions, more than data.max_length=64"),
-        ([], {}, "source 0 of 1 has no rows"),
+        ([], {}, "source 1 of 1 has no rows"),
         (random_rows.make([3]), {"batch_size": 0}, "batch_size=0"),
         (random_rows.make([3]), {"seed": -1}, "seed=-1"),
         (random_rows.make([3]), {"batch_size": 6, "hosts": 4}, "batch_size=6 .* 4 hosts: use 8"),
