@@ -145,8 +145,23 @@ def test_logits_in_double_precision(goldens: pathlib.Path, x64: None) -> None:
     check_logits(goldens, *load_tiny(goldens, "float64"), atol=LOGITS_64)
 
 
-@pytest.mark.parametrize("mode", lora.MODES)
-@pytest.mark.parametrize("variant", ["lora_B0", "lora_AB", "rslora_AB"])
+def _slow(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("variant", "mode"),
+    [
+        *(("lora_B0", mode) for mode in lora.MODES),
+        *((variant, "factored") for variant in ("lora_AB", "rslora_AB")),
+        *(
+            _slow(v, mode)
+            for v in ("lora_AB", "rslora_AB")
+            for mode in lora.MODES
+            if mode != "factored"
+        ),
+    ],
+)
 def test_lora_curve_in_double_precision(
     goldens: pathlib.Path, variant: str, mode: str, x64: None
 ) -> None:
@@ -172,7 +187,8 @@ def test_logits_of_the_other_tiny_model(shared: pathlib.Path, x64: None) -> None
 
 
 @pytest.mark.parametrize(
-    "variant", ["lora_B0", "lora_AB", "rslora_B0", "rslora_AB", "dora_B0", "dora_AB"]
+    "variant",
+    ["lora_AB", "dora_B0", *map(_slow, ("lora_B0", "rslora_B0", "rslora_AB", "dora_AB"))],
 )
 def test_lora_curve_of_the_other_tiny_model(shared: pathlib.Path, variant: str, x64: None) -> None:
     check_lora(shared / "golden" / "tiny", variant, "float64", "factored", CURVE_64)

@@ -63,6 +63,7 @@ def test_no_room_reaches_into_anothers_private_names() -> None:
                 and not node.attr.startswith("__")
                 and isinstance(node.value, ast.Name)
                 and node.value.id not in ("self", "cls")
+                and f"{node.value.id}.{node.attr}" != "os._exit"  # public, for all its name
             ):
                 wrong.append(f"{path.name}:{node.lineno} {node.value.id}.{node.attr}")
     assert not wrong, wrong

@@ -33,7 +33,7 @@ def tiny(tiny_model: pathlib.Path) -> models.Model:
     return models.load(str(tiny_model))
 
 
-@pytest.mark.parametrize("size", [128, 1024])
+@pytest.mark.parametrize("size", [128, pytest.param(1024, marks=pytest.mark.slow)])
 def test_losses_are_the_models(tiny: models.Model, size: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(outliers, "_CPU_TOKENS", size)
     pairs = []

@@ -279,9 +279,8 @@ def _serve() -> None:
     try:
         while request := _read(sys.stdin.buffer):
             _write(answers, service.answer(request))
-    except (
-        BrokenPipeError
-    ):  # the parent has ended, which is nothing to tell; closing the pipe would fail again
+    except BrokenPipeError:
+        # The parent has ended, which is nothing to tell; closing the pipe would fail again.
         os._exit(1)
 
 

@@ -102,7 +102,9 @@ def test_every_character_between_spaces(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(
+    "name", ["smollm2", *(pytest.param(n, marks=pytest.mark.slow) for n in FAST if n != "smollm2")]
+)
 def test_real_texts(name: str, shared: pathlib.Path) -> None:
     tokenizer, found = by_words(name)
     count = 0
