@@ -85,10 +85,6 @@ class Batches:
         epoch = self._epoch(0)
         return 1 - int(epoch.sizes.sum()) / (int(epoch.widths.sum()) * self.batch_size)
 
-    @property
-    def efficiency(self) -> float:
-        return 1 - self.padding
-
     def total_steps(self, epochs: float) -> int:
         """Steps in so many epochs, a started one counted to its next whole step."""
         return math.ceil(epochs * self.steps_per_epoch)

@@ -10,9 +10,6 @@ from jft import errors
 from jft.data import build, examples, readers, records, shapes, turns
 
 Shape = shapes.Shape
-Example = examples.Example
-pair = examples.pair
-ROLES = ("system", "user", "assistant")
 
 # Rows looked at before it is said that the columns are not understood.
 _PEEK = 1000
