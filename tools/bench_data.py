@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory and start-up of large data: a file of so many gigabytes tokenised, checked and split, then opened again.
 
-    python tools/bench_data.py FILE.jsonl                  # its rows, made different by a number, 2 GB of them: 20 minutes
+    python tools/bench_data.py FILE.jsonl                  # its words in other rows, 2 GB of them: 20 minutes
     python tools/bench_data.py FILE.jsonl --gigabytes=0.1  # a minute
 
 Each turn is a process of its own. Memory is what a process holds apart from mapped files (RssAnon), sampled ten times a
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import tempfile
@@ -46,14 +47,18 @@ def main() -> None:
 
 
 def write(path: pathlib.Path, source: pathlib.Path, size: int) -> int:
-    """Rows of the source over and over, each with a number in its prompt and in its answer."""
+    """Rows of the source's own words, in runs of twenty from anywhere in it: no two rows are alike."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line]
-    names = list(rows[0])[:2]
-    count = 0
+    words = " ".join(str(value) for row in rows for value in row.values()).split(" ")
+    draw, count = random.Random(0), 0
+
+    def text(runs: int) -> str:
+        starts = (draw.randrange(len(words) - 20) for _ in range(runs))
+        return " ".join(" ".join(words[at : at + 20]) for at in starts)
+
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:
-            row = rows[count % len(rows)]
-            made = {name: f"{row[name]}\n{count * 7919 % 1000003} {count}" for name in names}
+            made = {"prompt": text(draw.randint(1, 8)), "response": text(draw.randint(1, 6))}
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
             count += 1
     return count

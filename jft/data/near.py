@@ -28,7 +28,7 @@ CHARACTERS = 100_000  # of a text that are compared
 COMMON = 0.1  # of the rows share it: it says nothing about two of them
 COMMON_ROWS = 20  # ... but at least so many, or every word were common in a small set
 INFORMATIVE = 24  # columns a verdict needs beside the common ones
-WINDOW = 32  # candidates of a row in one band
+WINDOW = 32  # steps between rows of a run that are compared
 _CHUNK = 1 << 14  # rows read at once
 _WIDTH = 2 * COLUMNS  # bytes of a signature
 _SEED = 20
@@ -129,10 +129,11 @@ def _cluster(file: IO[bytes], rows: np.ndarray, threshold: float) -> np.ndarray:
     labels = np.arange(len(rows), dtype=np.int32)
     for band in range(0, COLUMNS, BAND):
         keys, telling = _keys(file, common, band)
-        pairs = _candidates(keys[rows], telling[rows])
-        pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
-        if len(pairs):
-            labels = _join(labels, pairs[_similar(file, rows[pairs], common) >= threshold])
+        # First each row with the first of its run: where many rows are alike, that leaves hardly any other pair.
+        for steps in (range(1), range(1, WINDOW)):
+            pairs = _candidates(keys[rows], telling[rows], labels, steps)
+            if len(pairs):
+                labels = _join(labels, pairs[_similar(file, rows[pairs], common) >= threshold])
     return labels
 
 
@@ -174,20 +175,32 @@ def _keys(file: IO[bytes], common: np.ndarray, band: int) -> tuple[np.ndarray, n
     return np.concatenate(keys), np.concatenate(telling)
 
 
-def _candidates(keys: np.ndarray, telling: np.ndarray) -> np.ndarray:
-    """int64 [m, 2]: pairs of rows with equal keys, at most WINDOW for a row and its run's first."""
+def _candidates(
+    keys: np.ndarray, telling: np.ndarray, labels: np.ndarray, steps: range
+) -> np.ndarray:
+    """int64 [m, 2]: pairs of rows with equal keys that are in no group together.
+
+    Of the rows in order of their keys, those so many steps apart; 0 stands for each row and its run's first.
+    """
     order = np.flatnonzero(telling)
     order = order[np.argsort(keys[order], kind="stable")]
     keys = keys[order]
-    starts = np.searchsorted(keys, keys)  # where the run of equal keys starts
-    later = np.flatnonzero(starts != np.arange(len(keys)))
-    found = [np.stack([order[starts[later]], order[later]], 1)]
-    for step in range(1, WINDOW):
-        equal = np.flatnonzero(keys[step:] == keys[:-step])
-        if not len(equal):
+    found = [np.zeros(0, np.int64)]
+    for step in steps:
+        if step:
+            later = np.flatnonzero(keys[step:] == keys[:-step]) + step
+            first = order[later - step]
+        else:
+            starts = np.searchsorted(keys, keys)  # where the run of equal keys starts
+            later = np.flatnonzero(starts != np.arange(len(keys)))
+            first = order[starts[later]]
+        if not len(later):
             break
-        found.append(np.stack([order[equal], order[equal + step]], 1))
-    return np.unique(np.concatenate(found), axis=0)
+        second = order[later]
+        apart = labels[first] != labels[second]
+        found.append(first[apart] * len(labels) + second[apart])
+    pairs = np.unique(np.concatenate(found))
+    return np.stack(np.divmod(pairs, len(labels)), axis=1)
 
 
 def _similar(file: IO[bytes], pairs: np.ndarray, common: np.ndarray) -> np.ndarray:
@@ -196,7 +209,8 @@ def _similar(file: IO[bytes], pairs: np.ndarray, common: np.ndarray) -> np.ndarr
     columns = np.arange(COLUMNS)
     for start in range(0, len(pairs), _CHUNK):
         place = slice(start, start + _CHUNK)
-        left, right = _fetch(file, pairs[place, 0]), _fetch(file, pairs[place, 1])
+        chosen, where = np.unique(pairs[place], return_inverse=True)
+        left, right = np.moveaxis(_fetch(file, chosen)[where.reshape(-1, 2)], 1, 0)
         same = left == right
         shared = same & common[columns, left]
         informative = COLUMNS - shared.sum(1)
