@@ -168,7 +168,7 @@ def test_lora_curve_in_double_precision(
     check_lora(goldens, variant, "float64", mode, CURVE_64)
 
 
-@pytest.mark.parametrize("variant", ["lora_B0", "lora_AB", "rslora_AB"])
+@pytest.mark.parametrize("variant", ["lora_B0", _slow("lora_AB"), _slow("rslora_AB")])
 def test_lora_curve_in_single_precision(goldens: pathlib.Path, variant: str) -> None:
     check_lora(goldens, variant, "float32", "factored", CURVE_32)
 

@@ -193,7 +193,7 @@ def test_lora_plus_moves_b_further() -> None:
         np.testing.assert_allclose(moves[1][path].b, 16 * plain.b, rtol=EXACT)
 
 
-@pytest.mark.parametrize("mode", ["factored", "merged"])
+@pytest.mark.parametrize("mode", ["factored", pytest.param("merged", marks=pytest.mark.slow)])
 def test_dropout_is_for_training_alone_and_repeats(mode: str) -> None:
     params, batch = make_params(), make_batch()
     adapters = {k: dataclasses.replace(f, dropout=0.5) for k, f in make_adapters(params).items()}
