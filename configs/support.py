@@ -4,7 +4,7 @@
     jft train --config=configs/support.py
 
 The data is our own, in configs/data/support: 332 messages to train on, 36 to validate, 72 that the run never sees
-before its end. On 2 CPU cores it trains in 5 to 6 minutes; exact match on the 72 goes from 0 to 75 %.
+before its end. On 2 CPU cores it trains in 5 to 6 minutes; exact match on the 72 goes from 0 to 78 %.
 """
 
 import pathlib
