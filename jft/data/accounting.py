@@ -2,12 +2,11 @@
 """What is wrong with examples once they are tokens: templates that refuse them, rows too long, nothing to train on."""
 
 import dataclasses
-import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from jft import errors
-from jft.data import encoding, examples, findings, fitting, rows
+from jft.data import encoding, examples, findings, fitting, rows, template
 
 Place = tuple[str, int]
 
@@ -30,7 +29,7 @@ class Account:
 
     def __init__(self, encoder: encoding.Encoder, limits: Limits) -> None:
         self._encoder, self._limits = encoder, limits
-        self._control = _control_texts(encoder.tokenizer)
+        self._control = template.any_of(template.special_tokens(encoder.tokenizer))
         self._template: list[examples.Fault] = []
         self._untrained: list[Place] = []
         self._long: list[Place] = []
@@ -232,9 +231,3 @@ def _rows(places: Collection[Any]) -> str:
 def _cause(fault: examples.Fault) -> str:
     """The message without its place."""
     return fault.message.removeprefix(f"{fault.path}:row {fault.number}: ")
-
-
-def _control_texts(tokenizer: Any) -> re.Pattern[str]:
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(re.escape(text) for text in texts if text.strip()) or "(?!)")

@@ -2,9 +2,9 @@
 """Rendered text to token ids, many texts at a time.
 
 Control tokens cut a text into segments that do not influence each other. So each different segment of all the texts is
-tokenised once, from words seen before where that gives the same ids; a prompt and the conversation that goes on from it share all but their last ones. Where a
-tokenizer does look across a control token (it strips the space beside one, or puts a space before whatever it is given),
-each text is tokenised as a whole instead.
+tokenised once, from words seen before where that gives the same ids; a prompt and the conversation that goes on from it
+share all but their last ones. Where a tokenizer does look across a control token (it strips the space beside one, or
+puts a space before whatever it is given), each text is tokenised as a whole instead.
 """
 
 import functools
@@ -137,7 +137,8 @@ class Tokeniser:
             tokens += self._later(piece)
         written = sum(1 for piece in (first, *rest) for _ in self._pattern.finditer(piece))
         mine = sum(1 for token in tokens if token in self._forbidden) > written
-        return self._fault("", self._forbidden if mine else ()) or np.array(tokens, np.int32)
+        said = "".join((first, *rest))
+        return self._fault(said, self._forbidden if mine else ()) or np.array(tokens, np.int32)
 
     def _later(self, text: str) -> list[int]:
         """Ids of text in the middle of a sequence.
