@@ -124,7 +124,7 @@ class Tokeniser:
             )
         lost = self._lost and self._lost.search(text.encode())
         if lost:
-            character = text.encode()[: lost.start() + 4].decode(errors="ignore")[-1]
+            character = text[len(text.encode()[: lost.start()].decode(errors="ignore"))]
             return errors.UserError(
                 f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) and would leave it out; take it out"
             )

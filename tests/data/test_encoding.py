@@ -329,3 +329,24 @@ def test_real_rows_have_their_ordinary_ids(smollm2: Any, shared: pathlib.Path) -
             assert trained_text(smollm2, row) == "".join(
                 turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant"
             )
+
+
+@pytest.mark.parametrize("rstrip", [False, True])  # with it, texts are tokenised as a whole
+def test_a_character_that_the_vocabulary_leaves_out_is_refused(rstrip: bool) -> None:
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    lost = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\x13")[0][0]
+    alphabet = [symbol for symbol in pre_tokenizers.ByteLevel.alphabet() if symbol != lost]
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["hello there"], trainer)
+    backend.add_special_tokens([AddedToken(text, rstrip=rstrip) for text in SPECIAL])
+    tokenizer = wrap(backend, CHATML, bos_token="<bos>", eos_token="<eos>")
+    assert trained_text(tokenizer, encode(tokenizer, talk("hello", "there"))) == "there<|im_end|>"
+    with pytest.raises(
+        errors.UserError, match=r"f:row 1: the tokenizer has no token for '\\x13' \(U\+0013\)"
+    ):
+        encode(tokenizer, talk("hello", "there \x13 is"))
