@@ -86,9 +86,17 @@ def base() -> config_dict.ConfigDict:
     c.micro_batch = 0  # rows in one forward pass; 0 = 2 on CPU, all elsewhere
     c.epochs = 3.0  # over the training rows
     c.steps = 0  # if not 0, instead of epochs
-    c.remat = "none"  # what the backward pass recomputes: none, dots, full
+    c.remat = "none"  # what the backward pass keeps: none (all), products, attention, full (nothing), dots, offload, offload_attention
     c.router_loss = 0.0  # weight of the load-balance loss of a mixture of experts; usual: 0.001
     c.eval_batch_size = 0  # rows in one validation batch; 0 = as micro_batch
+
+    c.mesh = mesh = config_dict.ConfigDict()  # devices along each axis; one may be -1: what is left
+    mesh.slice = 1  # rows of a batch, over the data centre's network: TPU slices
+    mesh.data = 1  # rows of a batch, weights copied
+    mesh.fsdp = -1  # rows of a batch, weights split and gathered layer by layer
+    mesh.expert = 1  # likewise, and the experts of a mixture
+    mesh.context = 1  # positions of a row
+    mesh.tensor = 1  # heads and the MLP's inner dimension
 
     c.validate = validate = config_dict.ConfigDict()
     validate.every_steps = 0  # 0 = four times in a run

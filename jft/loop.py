@@ -8,24 +8,18 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 from ml_collections import config_dict
 
-from jft import checkpoint, errors, lora, matmul, models, optim, runs, step, summary, tree
+from jft import checkpoint, errors, lora, models, program, runs, sharding, step, summary, tree
 from jft import config as configuration
 from jft.data import batches, load
 from jft.data import rows as rows_of
-from jft.models import architecture, decoder
-
-# Tokens in one forward pass on a CPU: more costs memory and brings no speed. SmolLM2-135M on 2 cores with 256, 512 and
-# 1,024 tokens: 216, 220 to 240 and 229 tokens/s in 1.8, 2.4 and 3.5 GB.
-CPU_TOKENS = 512
 
 
 class Interrupted(Exception):
@@ -44,20 +38,32 @@ class Job:
     steps: int
     trainable: Any  # as it is before step 1
     frozen: Any
-    train_step: Callable[..., Any]
-    eval_step: Callable[..., Any]
-    optimizer: Any
-    micro_batch: int
+    program: program.Program
+
+    @property
+    def layout(self) -> sharding.Layout | None:
+        return self.program.layout
+
+    def batch(self, step: int) -> batches.Batch:
+        """The batch of a step, on its devices."""
+        own = self.batches.batch(step)
+        if self.layout is None:
+            return own
+        rows, (host, hosts) = self.config.batch_size, self.layout.host_rows(self.config.batch_size)
+        return self.layout.put(own, host * rows // hosts, rows)
 
     def mean_loss(self, rows: rows_of.Rows, trainable: Any) -> float:
         """Nats per trained token over all rows, each exactly once."""
+        size = self.program.eval_batch
         parts = batches.evaluation(
             rows,
-            batch_size=self.config.eval_batch_size or self.micro_batch,
+            batch_size=size,
             length=self.config.data.max_length,
             packing=self.config.data.packing,
         )
-        sums = [self.eval_step(trainable, self.frozen, batch) for batch in parts]
+        if self.layout is not None:
+            parts = (self.layout.put(batch, 0, size) for batch in parts)
+        sums = [self.program.eval_step(trainable, self.frozen, batch) for batch in parts]
         return sum(float(total) for total, _ in sums) / sum(float(weight) for _, weight in sums)
 
 
@@ -101,9 +107,13 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     """Loads the model and the data, and builds the step; nothing is written."""
     c = config
     models.check_dtype(c.model.dtype)
-    # Weights that train are float32 whatever the computation's dtype; see step.full_loss.
-    stored = c.model.dtype if c.lora.rank else "float32"
-    model = models.load(c.model.path, dtype=stored, revision=c.model.revision or None)
+    layout = make_layout(c, jax.devices())
+    model = models.load(
+        c.model.path,
+        dtype=program.stored_dtype(c),
+        revision=c.model.revision or None,
+        shardings=None if layout is None else layout.weight,
+    )
     load.use_template(model.tokenizer, c.data.chat_template)
     source = load.Source(**{**c.data, "columns": dict(c.data.columns)})
     data = load.load(source, model.tokenizer, seed=c.seed, vocab_size=model.config.vocab_size)
@@ -111,6 +121,7 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         raise errors.UserError(
             f"data.max_length={source.max_length}: the model has {model.config.max_length} positions"
         )
+    host, hosts = (0, 1) if layout is None else layout.host_rows(c.batch_size)
     packed = batches.Batches(
         data.train,
         batch_size=c.batch_size,
@@ -118,34 +129,32 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         seed=c.seed,
         weights=source.times,
         packing=source.packing,
+        host=host,
+        hosts=hosts,
     )
     steps = c.steps or packed.total_steps(c.epochs)
     if steps < 1:
         raise errors.UserError(f"steps={c.steps}, epochs={c.epochs}: nothing to do")
-    if c.remat not in decoder.REMAT_POLICIES:
-        raise errors.UserError(f"remat={c.remat!r}: one of {', '.join(decoder.REMAT_POLICIES)}")
-    if c.router_loss < 0 or (c.router_loss and not model.config.experts):
-        raise errors.UserError(
-            f"router_loss={c.router_loss}: 0 or more, and 0 for a model without experts"
-        )
-    micro_batch = _micro_batch(c.micro_batch, c.batch_size, packed.length)
+    built = program.build(
+        c,
+        model.config,
+        layout=layout,
+        backend=jax.default_backend(),
+        length=packed.length,
+        steps=steps,
+    )
     if c.lora.rank:
-        trainable, frozen, build = _lora(c, model)
+        trainable, frozen = program.init_adapters(c, model.params), model.params
+        lora.peft.check_writable(trainable, model.module_names)
+        if c.lora.dropout and "head/kernel" in trainable:
+            raise errors.UserError(
+                f"lora.dropout={c.lora.dropout} with an adapter of head/kernel: take it out of lora.targets"
+            )
     else:
-        einsum = matmul.for_training(jax.default_backend())
-        build = functools.partial(
-            step.full_loss, model.config, remat=c.remat, dtype=c.model.dtype, einsum=einsum
-        )
         # A loaded array may be a view of numpy's memory, which a step that is given it can't write to: it would be
         # there twice (4.99 GB instead of 4.53 for SmolLM2-135M on a CPU).
         model = dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
         trainable, frozen = model.params, {}
-    if not c.lora.rank:
-        _check_no_adapter(c)
-    optimizer = optim.optimizer(optim.Optim(**c.optim), steps)
-    # Not the key of `lora.init`.
-    dropout_key = jax.random.fold_in(jax.random.key(c.seed), 1) if c.lora.dropout else None
-    accumulate = c.batch_size // micro_batch
     return Job(
         config=c,
         folder=folder,
@@ -155,60 +164,16 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         steps=steps,
         trainable=trainable,
         frozen=frozen,
-        train_step=step.train_step(
-            build(router_loss=c.router_loss),
-            optimizer,
-            accumulate=accumulate,
-            dropout_key=dropout_key,
-        ),
-        eval_step=step.eval_step(build()),
-        optimizer=optimizer,
-        micro_batch=micro_batch,
+        program=built,
     )
 
 
-def _lora(
-    c: config_dict.ConfigDict, model: models.Model
-) -> tuple[Any, Any, Callable[..., step.Loss]]:
-    """The adapters, the base, and what makes their loss."""
-    keys = ("rank", "alpha", "targets", "exclude", "dropout", "use_rslora", "use_dora")
-    spec = lora.Spec(**{k: c.lora[k] for k in keys}, layouts=architecture.LAYOUTS)
-    adapters = lora.init(spec, model.params, key=jax.random.key(c.seed))
-    lora.peft.check_writable(adapters, model.module_names)
-    if c.lora.dropout and "head/kernel" in adapters:
-        raise errors.UserError(
-            f"lora.dropout={c.lora.dropout} with an adapter of head/kernel: take it out of lora.targets"
-        )
-    mode = c.lora.mode
-    if mode == "auto":
-        mode = "merged" if jax.default_backend() == "cpu" else "factored"
-    build = functools.partial(step.lora_loss, model.config, remat=c.remat, mode=mode)
-    return adapters, model.params, build
-
-
-def _check_no_adapter(c: config_dict.ConfigDict) -> None:
-    """Raises UserError for what is asked of an adapter where every weight is trained."""
-    base = configuration.base()
-    keys = ("lora.exclude", "lora.dropout", "lora.use_rslora", "lora.use_dora")
-    for key in (*keys, "optim.lora_plus_ratio"):
-        room, name = key.split(".")
-        if c[room][name] != base[room][name]:
-            raise errors.UserError(f"{key}={c[room][name]} without an adapter (lora.rank=0)")
-
-
-def _micro_batch(asked: int, batch_size: int, length: int) -> int:
-    if batch_size < 1:
-        raise errors.UserError(f"batch_size={batch_size}: it must be 1 or more")
-    if asked:
-        if asked < 0 or batch_size % asked:
-            raise errors.UserError(
-                f"batch_size={batch_size} is not a multiple of micro_batch={asked}"
-            )
-        return asked
-    if jax.default_backend() != "cpu":
-        return batch_size
-    most = max(1, CPU_TOKENS // length)
-    return max(n for n in range(1, batch_size + 1) if batch_size % n == 0 and n <= most)
+def make_layout(c: config_dict.ConfigDict, devices: Sequence[Any]) -> sharding.Layout | None:
+    """Of the mesh that `mesh.*` asks for; None on one device."""
+    sizes = sharding.Sizes(**c.mesh)
+    if len(devices) == 1 and dataclasses.astuple(sizes.over(1)) == (1,) * len(sharding.AXES):
+        return None
+    return sharding.Layout(sharding.mesh(sizes, devices))
 
 
 def _claim(folder: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) -> None:
@@ -254,7 +219,7 @@ def _announce(job: Job) -> None:
         f"{job.model.name}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)",
         *load.lines(job.data.report),
         f"{job.steps} steps of {job.config.batch_size} rows x {job.batches.length} tokens"
-        f" ({100 * job.batches.padding:.0f} % padding), {job.micro_batch} rows at a time",
+        f" ({100 * job.batches.padding:.0f} % padding), {job.program.micro_batch} rows at a time",
         sep="\n",
         file=sys.stderr,
     )
@@ -262,7 +227,7 @@ def _announce(job: Job) -> None:
 
 def _start(job: Job, saved: checkpoint.Checkpoints) -> tuple[step.State, dict[str, Any], float]:
     """The state to begin with, the best validation and the seconds so far: fresh, or the newest checkpoint's."""
-    state = step.init_state(job.trainable, job.optimizer)
+    state = _fresh_state(job)
     if saved.latest is None:
         return state, {}, 0.0
     state, extra = saved.restore(state)
@@ -273,6 +238,14 @@ def _start(job: Job, saved: checkpoint.Checkpoints) -> tuple[step.State, dict[st
         )
     print(f"resuming after step {int(state.step)} of {job.steps}", file=sys.stderr)
     return state, extra["best"], extra["seconds"]
+
+
+def _fresh_state(job: Job) -> step.State:
+    if job.layout is None:
+        return step.init_state(job.trainable, job.program.optimizer)
+    placed = jax.tree.map(lambda x: x.sharding, job.program.state)
+    make = functools.partial(step.init_state, optimizer=job.program.optimizer)
+    return jax.jit(make, out_shardings=placed)(job.trainable)
 
 
 class _Signals:
@@ -309,7 +282,7 @@ def loop(
     c, start = job.config, int(state.step)
     validate_every = c.validate.every_steps or max(1, math.ceil(job.steps / 4))
     began = last = time.perf_counter()
-    pending: tuple[int, dict[str, jax.Array], int] | None = None
+    pending: tuple[int, dict[str, jax.Array]] | None = None
     interactive = sys.stderr.isatty()
 
     def settle() -> None:
@@ -317,11 +290,11 @@ def loop(
         nonlocal pending, last
         if pending is None:
             return
-        number, values, tokens = pending
+        number, values = pending
         pending = None
         values = {k: float(v) for k, v in values.items()}
         now = time.perf_counter()
-        speed, last = tokens / (now - last), now
+        speed, last = values.pop("positions") / (now - last), now
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise errors.UserError(
                 f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite;"
@@ -368,10 +341,10 @@ def loop(
         if start == 0:
             validate(0)
         for number in range(start + 1, job.steps + 1):
-            batch = job.batches.batch(number - 1)
-            state, values = job.train_step(state, job.frozen, batch)
+            batch = job.batch(number - 1)
+            state, values = job.program.train_step(state, job.frozen, batch)
             settle()
-            pending = (number, values, int(np.count_nonzero(batch["segments"])))
+            pending = (number, values)
             if number % validate_every == 0 or number == job.steps:
                 validate(number)
             every = c.checkpoint.every_steps

@@ -4,6 +4,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,34 @@ Einsum = Callable[[str, jax.Array, jax.Array], jax.Array]
 def for_training(backend: str) -> Einsum:
     """The einsum to train kernels with on this backend ("cpu", "gpu", "tpu")."""
     return cpu_einsum if backend == "cpu" else jnp.einsum
+
+
+def wide(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The einsum with its sums, and its result, in at least float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(equation, x, w, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_narrow_gradient(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`wide`, whose gradient is rounded to the operands' dtype before it meets them.
+
+    Autodiff multiplies the float32 gradient with bfloat16 operands: XLA on GPU then makes a float32 copy of the weight, 2.1
+    GB for a head of 4096 x 128256.
+    """
+    return wide(equation, x, w)
+
+
+def _wide_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    return wide(equation, x, w), (x, w)
+
+
+def _wide_backward(equation: str, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    _, pull = jax.vjp(lambda x, w: jnp.einsum(equation, x, w), *saved)
+    return pull(g.astype(saved[0].dtype))
+
+
+wide_narrow_gradient.defvjp(_wide_forward, _wide_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

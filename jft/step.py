@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from jft import lora, losses, matmul
+from jft import lora, losses, matmul, sharding, tree
 from jft.models import architecture, decoder, experts
 
 Batch = dict[str, jax.Array]
@@ -49,18 +50,22 @@ def head_part(tree: Any) -> Any:
 def lora_loss(
     c: architecture.Config,
     *,
-    remat: str = "none",
+    how: decoder.Execution = decoder.Execution(),
     mode: str = "factored",
     router_loss: float = 0.0,
+    chunk: int = losses.CHUNK,
 ) -> Loss:
     """loss(adapters, params, batch) -> (sum of nats, number of trained tokens).
 
     Where the batch holds a `dropout_key`, the adapters' dropout is on. `router_loss` weighs the load-balance loss of a
-    model with experts (`losses.load_balance`), over all tokens that are not padding.
+    model with experts (`losses.load_balance`), over all tokens that are not padding. `chunk` as in `losses.cross_entropy`.
     """
-    run = functools.partial(decoder.hidden_and_load, c, remat=remat)
-    hidden = lora.transform(run, mode=mode)
+    hidden = lora.transform(functools.partial(decoder.hidden_and_load, c, how=how), mode=mode)
     adapted_head = lora.transform(functools.partial(decoder.head, c))
+    plain_head = functools.partial(decoder.head, c, einsum=matmul.wide_narrow_gradient)
+
+    def head(adapters: Any, params: Any, x: jax.Array) -> jax.Array:
+        return adapted_head(params, adapters, x) if adapters else plain_head(params, x)
 
     def loss(adapters: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         body = {k: v for k, v in adapters.items() if k != "head/kernel"}
@@ -68,14 +73,7 @@ def lora_loss(
         x_BTD, load = hidden(params, body, *inputs, dropout_key=batch.get("dropout_key"))
         part = head_part(params)
         mine = {k: v for k, v in head_part(adapters).items() if k.split("/")[0] in part}
-        total, weight = losses.cross_entropy(
-            lambda adapters, params, x: adapted_head(params, adapters, x),
-            mine,
-            part,
-            x_BTD,
-            batch["targets"],
-            batch["weights"],
-        )
+        total, weight = _cross_entropy(c, head, mine, part, x_BTD, batch, chunk, how.layout)
         return total + _balance(load, router_loss) * weight, weight
 
     return loss
@@ -84,34 +82,68 @@ def lora_loss(
 def full_loss(
     c: architecture.Config,
     *,
-    remat: str = "none",
-    dtype: Any = None,
-    einsum: matmul.Einsum = jnp.einsum,
+    how: decoder.Execution = decoder.Execution(),
     router_loss: float = 0.0,
+    chunk: int = losses.CHUNK,
 ) -> Loss:
     """loss(params, {}, batch) -> (sum of nats, number of trained tokens).
 
-    `dtype` is that of the computation, where it is not the parameters' own: weights that train stay float32, since in
+    `how.dtype` is that of the computation, where it is not the parameters' own: weights that train stay float32, since in
     bfloat16 most updates at usual learning rates are smaller than half a unit in a weight's last place and are lost.
-    `router_loss` as in `lora_loss`.
+    `router_loss` and `chunk` as in `lora_loss`.
     """
+    if how.layout is not None:
+        how = dataclasses.replace(how, layout=dataclasses.replace(how.layout, trained=True))
+    plain_head = functools.partial(decoder.head, c, einsum=matmul.wide_narrow_gradient)
+
+    def head(params: Any, _: Any, x: jax.Array) -> jax.Array:
+        return plain_head(params, x)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        if dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
         inputs = _inputs(batch, router_loss)
-        x_BTD, load = decoder.hidden_and_load(c, params, *inputs, remat=remat, einsum=einsum)
-        total, weight = losses.cross_entropy(
-            lambda params, _, x: decoder.head(c, params, x),
-            head_part(params),
-            {},
-            x_BTD,
-            batch["targets"],
-            batch["weights"],
-        )
+        x_BTD, load = decoder.hidden_and_load(c, params, *inputs, how=how)
+        part = head_part(params)
+        total, weight = _cross_entropy(c, head, part, {}, x_BTD, batch, chunk, how.layout)
         return total + _balance(load, router_loss) * weight, weight
 
     return loss
+
+
+def _cross_entropy(
+    c: architecture.Config,
+    head: losses.Head,
+    trainable: Any,
+    frozen: Any,
+    x_BTD: jax.Array,
+    batch: Batch,
+    chunk: int,
+    layout: sharding.Layout | None,
+) -> tuple[jax.Array, jax.Array]:
+    shards = None if layout is None else _shards(c, layout, trainable, frozen, x_BTD.shape)
+    targets, weights = batch["targets"], batch["weights"]
+    return losses.cross_entropy(
+        head, trainable, frozen, x_BTD, targets, weights, chunk=chunk, shards=shards
+    )
+
+
+def _shards(
+    c: architecture.Config,
+    layout: sharding.Layout,
+    trainable: Any,
+    frozen: Any,
+    shape: tuple[int, ...],
+) -> losses.Shards:
+    """The head split by vocabulary, whether it is a kernel [D, V], an embedding [V, D] or adapters of one."""
+    along = layout.along(shape[1])
+    positions = shape[0] * shape[1] // (layout.rows * layout.size(*along))
+    axes = losses.vocabulary_axes(layout, c.vocab_size, positions)
+    leaf = {"head/kernel": P(None, axes), "embed/embedding": P(axes, None)}
+    if sharding.is_adapters(trainable):
+        of_trainable = {k: lora.partition_spec(f, leaf[k]) for k, f in trainable.items()}
+    else:
+        of_trainable = tree.unflatten({k: leaf[k] for k in tree.flatten(trainable)})
+    of_frozen = tree.unflatten({k: leaf[k] for k in tree.flatten(frozen)})
+    return losses.Shards(layout, axes, along, of_trainable, of_frozen)
 
 
 def _inputs(batch: Batch, router_loss: float) -> tuple[jax.Array, ...]:
@@ -128,8 +160,12 @@ def _balance(load: experts.Load | None, router_loss: float) -> jax.Array | float
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, T] -> [count, B / count, T]."""
-    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+    """[B, T] -> [count, B / count, T]; each device's rows of a mesh stay its own."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def gradients(
@@ -160,14 +196,15 @@ def train_step(
     *,
     accumulate: int = 1,
     dropout_key: jax.Array | None = None,
-) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
+    shardings: State | None = None,
+) -> Any:
     """The jitted update: (state, frozen, batch [B, T]) -> (state, metrics). The state is donated.
 
-    With a `dropout_key`, each step and micro-batch has a key of its own, the same in a resumed run.
-    Metrics: `loss` in nats per trained token, `grad_norm` before clipping, `tokens` trained.
+    With a `dropout_key`, each step and micro-batch has a key of its own, the same in a resumed run. `shardings` are those of
+    the state on a mesh.
+    Metrics: `loss` in nats per trained token, `grad_norm` before clipping, `tokens` trained, `positions` that hold a token.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         if accumulate > 1:
             batch = micro_batches(batch, accumulate)
@@ -176,6 +213,8 @@ def train_step(
             keys = key if accumulate == 1 else jax.random.split(key, accumulate)
             batch = batch | {"dropout_key": keys}
         total, weight, grads = gradients(loss, state.trainable, frozen, batch, accumulate)
+        if shardings is not None:
+            grads = lax.with_sharding_constraint(grads, shardings.trainable)
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -183,12 +222,16 @@ def train_step(
             "loss": total / weight,
             "grad_norm": optax.tree.norm(grads),
             "tokens": weight,
+            "positions": jnp.sum(batch["segments"] > 0),
         }
         return State(state.step + 1, trainable, opt_state), metrics
 
-    return step
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    everywhere = jax.NamedSharding(shardings.step.mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
-def eval_step(loss: Loss) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted loss: (trainable, frozen, batch) -> (sum of nats, number of trained tokens)."""
-    return jax.jit(loss)
+def eval_step(loss: Loss, layout: sharding.Layout | None = None) -> Any:
+    """The jitted loss: (trainable, frozen, batch) -> (sum of nats, number of trained tokens), on every device."""
+    return jax.jit(loss, out_shardings=None if layout is None else layout.replicated)

@@ -11,6 +11,7 @@ import pytest
 
 from jft import lora, losses, matmul, optim, step
 from jft.models import architecture, decoder
+from jft.models import remat as remat_policies
 
 CONFIG = architecture.Config(
     vocab_size=61,
@@ -114,19 +115,21 @@ def test_lora_gradients_are_those_of_the_merged_model(mode: str) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_are_one_batch(count: int, einsum: matmul.Einsum) -> None:
     params, batch = make_params(), make_batch()
-    loss = step.full_loss(CONFIG, einsum=einsum)
+    loss = step.full_loss(CONFIG, how=decoder.Execution(einsum=einsum))
     want = step.gradients(loss, params, {}, batch, 1)
     got = step.gradients(loss, params, {}, step.micro_batches(batch, count), count)
     assert_close(got, want)
     assert_close(got[2], jax.grad(plain_loss)(params, batch))
 
 
-@pytest.mark.parametrize("remat", [name for name in decoder.REMAT_POLICIES if name != "none"])
+@pytest.mark.parametrize("remat", [name for name in remat_policies.POLICIES if name != "none"])
 def test_remat_changes_nothing(remat: str) -> None:
     params, batch = make_params(), make_batch()
     adapters = make_adapters(params)
     want = step.gradients(step.lora_loss(CONFIG), adapters, params, batch, 1)
-    got = step.gradients(step.lora_loss(CONFIG, remat=remat), adapters, params, batch, 1)
+    got = step.gradients(
+        step.lora_loss(CONFIG, how=decoder.Execution(remat=remat)), adapters, params, batch, 1
+    )
     assert_close(got, want)
 
 
@@ -166,7 +169,7 @@ def test_full_fine_tuning_in_bfloat16_keeps_its_weights_in_float32() -> None:
     params = jax.tree.map(lambda x: x.astype(jnp.float32), make_params())
     before = jax.tree.map(np.array, params)
     optimizer = optim.optimizer(optim.Optim(learning_rate=1e-5, warmup_fraction=0.0), 2)
-    loss = step.full_loss(CONFIG, dtype=jnp.bfloat16)
+    loss = step.full_loss(CONFIG, how=decoder.Execution(dtype=jnp.dtype(jnp.bfloat16)))
     x, _ = loss(params, {}, make_batch())
     # The computation is in bfloat16: it differs from float32's by its rounding, which is about 2^-9.
     exact, _ = step.full_loss(CONFIG)(params, {}, make_batch())

@@ -9,23 +9,38 @@ rotary bases) the scan also goes over the number of each layer's kind. Decoding 
 Letters in names: see `architecture`.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from jft import matmul
-from jft.models import architecture, experts, layers, rope
+from jft import matmul, sharding, tree
+from jft.models import architecture, attending, experts, layers, remat, rope
 
 Params = dict[str, Any]
 
-REMAT_POLICIES: dict[str, Any] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a decoder is computed; the result is the same up to rounding.
+
+    Attributes:
+      dtype: of the computation, where it is not that of the parameters; each layer's are cast when it runs.
+      remat: a key of `remat.POLICIES`: what the backward pass keeps.
+      attention: which implementation, see `attention.choose`.
+      einsum: how activations meet kernels.
+      layout: of the mesh; None on one device.
+    """
+
+    dtype: Any = None
+    remat: str = "none"
+    attention: str = "plain"
+    einsum: matmul.Einsum = jnp.einsum
+    layout: sharding.Layout | None = None
 
 
 def init(c: architecture.Config, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -74,8 +89,7 @@ def hidden(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     *,
-    remat: str = "none",
-    einsum: matmul.Einsum = jnp.einsum,
+    how: Execution = Execution(),
 ) -> jax.Array:
     """Final hidden states, after the last norm.
 
@@ -83,17 +97,14 @@ def hidden(
       c: the configuration.
       params: nested dict, layers stacked on a leading axis L.
       tokens_BT: token ids.
-      positions_BT: positions within each example; 0..T-1 when not given.
+      positions_BT: positions within each example, counted up from token to token; 0..T-1 when not given.
       segments_BT: example numbers in packed rows; attention stays within one. One segment when not given.
-      remat: a key of `REMAT_POLICIES`: what the backward pass recomputes.
-      einsum: how activations meet kernels.
+      how: it is computed.
 
     Returns:
-      x_BTD in the dtype of the embedding.
+      x_BTD in the dtype of the embedding, or that of the computation.
     """
-    return hidden_and_load(
-        c, params, tokens_BT, positions_BT, segments_BT, remat=remat, einsum=einsum
-    )[0]
+    return hidden_and_load(c, params, tokens_BT, positions_BT, segments_BT, how=how)[0]
 
 
 def hidden_and_load(
@@ -104,8 +115,7 @@ def hidden_and_load(
     segments_BT: jax.Array | None = None,
     counted_BT: jax.Array | None = None,
     *,
-    remat: str = "none",
-    einsum: matmul.Einsum = jnp.einsum,
+    how: Execution = Execution(),
 ) -> tuple[jax.Array, experts.Load | None]:
     """As `hidden`, and each layer's load of the experts over the tokens that `counted_BT` weighs, stacked on L."""
     B, T = tokens_BT.shape
@@ -115,34 +125,59 @@ def hidden_and_load(
         segments_BT = jnp.ones((B, T), jnp.int32)
     if counted_BT is not None and not c.experts:
         raise ValueError("a model without experts has no load")
-    x_BTD = embed(c, params, tokens_BT, positions_BT)
+    x_BTD = embed(c, params, tokens_BT, positions_BT, how)
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
     stretched_BT = None
     if rope.needs_lengths(c):
         stretched_BT = lengths(positions_BT, segments_BT) > rope.original_length(c)
-    kinds = [
-        (*tables(c, kind, positions_BT, stretched_BT, wide), mask(kind, positions_BT, segments_BT))
-        for kind in c.kinds
-    ]
-    of_kind = _chooser(kinds)
+    of_kind = _chooser([tables(c, kind, positions_BT, stretched_BT, wide) for kind in c.kinds])
     definition = block(c)
 
     def layer(x_BTD: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, Any]:
-        layer_params, kind = scanned
-        sin_BTR, cos_BTR, mask_BTS = of_kind(kind)
+        own, kind = scanned
+        x_BTD = checkpoint_name(x_BTD, "stream")
 
         def attend(q: Any, k: Any, v: Any, sinks: Any) -> tuple[jax.Array, None]:
-            return layers.attend(c, q, k, v, mask_BTS, sinks), None
+            attended = attending.attend(
+                c,
+                kind,
+                q,
+                k,
+                v,
+                segments_BT,
+                sinks,
+                implementation=how.attention,
+                layout=how.layout,
+            )
+            return attended, None
 
-        context = layers.Context(sin_BTR, cos_BTR, counted_BT, einsum)
-        x_BTD, _, load = nnx.merge(definition, layer_params)(x_BTD, context, attend)
-        return x_BTD, load
+        context = layers.Context(*of_kind(kind), counted_BT, how.einsum, how.layout)
+        x_BTD, _, load = nnx.merge(definition, ready(own, how))(x_BTD, context, attend)
+        return _stream(x_BTD, how), load
 
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
     kind_L = jnp.array([c.kind(i) for i in range(c.num_layers)], jnp.int32)
-    x_BTD, load = jax.lax.scan(layer, x_BTD, (params["layers"], kind_L))
+    x_BTD, load = jax.lax.scan(
+        remat.layer(layer, how.remat), _stream(x_BTD, how), (params["layers"], kind_L)
+    )
     return final_norm(c, params, x_BTD), load
+
+
+def _stream(x_BTD: jax.Array, how: Execution) -> jax.Array:
+    return x_BTD if how.layout is None else how.layout.stream(x_BTD)
+
+
+def ready(layer: Params, how: Execution) -> Params:
+    """One layer's parameters as it computes with them: in the computation's dtype, and on a mesh gathered.
+
+    Cast first: what is gathered has the narrower dtype.
+    """
+    if how.dtype is not None:
+        layer = jax.tree.map(lambda x: x.astype(how.dtype), layer)
+    if how.layout is None:
+        return layer
+    layout = how.layout
+    gathered = {path: layout.gather(w, f"layers/{path}") for path, w in tree.flatten(layer).items()}
+    return tree.unflatten(gathered)
 
 
 def _chooser(kinds: list[Any]) -> Any:
@@ -182,15 +217,33 @@ def lengths(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
 
 
 def embed(
-    c: architecture.Config, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array
+    c: architecture.Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    how: Execution = Execution(),
 ) -> jax.Array:
-    x_BTD = jnp.take(params["embed"]["embedding"], tokens_BT, axis=0)
+    x_BTD = _looked_up(params["embed"]["embedding"], tokens_BT, how)
     if c.embedding_scale != 1.0:
         # Rounded to the dtype of the weights, as Gemma's was in training.
         x_BTD = x_BTD * jnp.asarray(c.embedding_scale, x_BTD.dtype)
     if c.learned_positions:
-        x_BTD = x_BTD + jnp.take(params["positions"]["embedding"], positions_BT, axis=0)
+        x_BTD = x_BTD + _looked_up(params["positions"]["embedding"], positions_BT, how)
     return x_BTD
+
+
+def _looked_up(table: jax.Array, at_BT: jax.Array, how: Execution) -> jax.Array:
+    """Rows of a table. On a mesh each device looks up its part of the dimension for the rows of all, and they swap."""
+    layout = how.layout
+    if layout is not None:
+        at_BT = layout.constrain(at_BT, ("slice", "data"), "context")
+    x_BTD = jnp.take(table, at_BT, axis=0)
+    if how.dtype is not None:
+        x_BTD = x_BTD.astype(how.dtype)
+    if layout is None:
+        return x_BTD
+    x_BTD = layout.constrain(x_BTD, ("slice", "data"), "context", sharding.WIDE)
+    return layout.constrain(x_BTD, sharding.ROWS, "context", None)
 
 
 def final_norm(c: architecture.Config, params: Params, x_BTD: jax.Array) -> jax.Array:
@@ -198,21 +251,26 @@ def final_norm(c: architecture.Config, params: Params, x_BTD: jax.Array) -> jax.
     return nnx.merge(nnx.split(norm)[0], params["final_norm"])(x_BTD)
 
 
-def head(c: architecture.Config, params: Params, x: jax.Array, *, few: bool = False) -> jax.Array:
+def head(
+    c: architecture.Config,
+    params: Params,
+    x: jax.Array,
+    *,
+    few: bool = False,
+    einsum: matmul.Einsum = matmul.wide,
+) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], accumulated in at least float32.
 
     `few` rows [B, D] meet a tied embedding from its other side, which XLA on CPU does in two thirds of the time.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     if "head" in params:
-        kernel = params["head"]["kernel"].astype(x.dtype)
-        logits = jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=wide)
+        logits = einsum("...D,DV->...V", x, params["head"]["kernel"].astype(x.dtype))
     else:
         embedding = params["embed"]["embedding"].astype(x.dtype)
         if few:
-            logits = jnp.einsum("VD,BD->VB", embedding, x, preferred_element_type=wide).T
+            logits = einsum("VD,BD->VB", embedding, x).T
         else:
-            logits = jnp.einsum("...D,VD->...V", x, embedding, preferred_element_type=wide)
+            logits = einsum("...D,VD->...V", x, embedding)
     if c.logits_divisor != 1.0:
         logits = logits / c.logits_divisor
     if c.logits_softcap:
@@ -228,4 +286,5 @@ def apply(
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Logits_BTV of whole sequences; see `hidden`."""
-    return head(c, params, hidden(c, params, tokens_BT, positions_BT, segments_BT))
+    x_BTD = hidden(c, params, tokens_BT, positions_BT, segments_BT)
+    return head(c, params, x_BTD)

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from jft import matmul
+from jft import matmul, sharding
 from jft.models import architecture, experts, rope
 
 # attention(q_BTNH, k_BTKH, v_BTKH, sinks_N or None) -> (attended_BTNH, what the caller keeps, such as a cache)
@@ -30,7 +31,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["sin_BTR", "cos_BTR", "counted_BT"],
-    meta_fields=["einsum"],
+    meta_fields=["einsum", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -40,12 +41,14 @@ class Context:
       sin_BTR, cos_BTR: of the rotary angles; R is half the dimensions that turn.
       counted_BT: weights of the tokens in the experts' load; None for no load.
       einsum: how activations meet kernels.
+      layout: of the mesh; None on one device.
     """
 
     sin_BTR: jax.Array
     cos_BTR: jax.Array
     counted_BT: jax.Array | None = None
     einsum: matmul.Einsum = jnp.einsum
+    layout: sharding.Layout | None = None
 
 
 class Projection(nnx.Module):
@@ -125,6 +128,9 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH = rope.rotate(q_BTNH, context.sin_BTR, context.cos_BTR)
         k_BTKH = rope.rotate(k_BTKH, context.sin_BTR, context.cos_BTR)
+        # The names say what a policy of `remat` can keep.
+        q_BTNH, k_BTKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BTKH, "key")
+        v_BTKH = checkpoint_name(v_BTKH, "value")
         sinks_N = self.sinks[...] if self.config.sinks else None
         attended_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, sinks_N)
         return self.out(attended_BTNH, context), kept
@@ -154,12 +160,14 @@ class Mlp(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         c = self.config
         if not c.gated:
-            return self.down(activate(c, self.up(x_BTD, context)), context)
+            up_BTF = checkpoint_name(self.up(x_BTD, context), "up")
+            return self.down(activate(c, up_BTF), context)
         if c.fused:
-            both_BTZF = self.gate_up(x_BTD, context)
+            both_BTZF = checkpoint_name(self.gate_up(x_BTD, context), "gate_up")
             gate_BTF, up_BTF = both_BTZF[:, :, 0], both_BTZF[:, :, 1]
         else:
-            gate_BTF, up_BTF = self.gate(x_BTD, context), self.up(x_BTD, context)
+            gate_BTF = checkpoint_name(self.gate(x_BTD, context), "gate")
+            up_BTF = checkpoint_name(self.up(x_BTD, context), "up")
         return self.down(activate(c, gate_BTF, up_BTF), context)
 
 
@@ -201,12 +209,16 @@ class Block(nnx.Module):
         y_BTD = self.attention_norm(x_BTD) if pre else x_BTD
         y_BTD, kept = self.attention(y_BTD, context, attend)
         y_BTD = self.attention_post_norm(y_BTD) if post else y_BTD
-        x_BTD = x_BTD + _scaled(y_BTD, c.residual_scale)
+        x_BTD = checkpoint_name(x_BTD + _scaled(y_BTD, c.residual_scale), "middle")
+        if context.layout is not None:
+            x_BTD = context.layout.stream(x_BTD)
         y_BTD = self.mlp_norm(x_BTD) if pre else x_BTD
         if c.experts:
             logits_ME = self.router(y_BTD.reshape(-1, c.d_model))
             activation = functools.partial(activate, c)
-            y_BTD, load = self.experts(y_BTD, logits_ME, activation, context.counted_BT)
+            y_BTD, load = experts.run(
+                self.experts, y_BTD, logits_ME, activation, context.counted_BT, context.layout
+            )
         else:
             y_BTD = self.mlp(y_BTD, context)
         y_BTD = self.mlp_post_norm(y_BTD) if post else y_BTD
