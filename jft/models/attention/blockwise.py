@@ -20,7 +20,7 @@ from jax import ad_checkpoint, lax
 from jft.models import architecture
 from jft.models.attention import plain
 
-BLOCK = 512  # queries and keys of a block at most; see tools/bench_attention.py
+SMALLEST, LARGEST = 128, 1024  # of a block's length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,7 @@ def attend(
         window,
         c.attention_softcap,
         start if isinstance(start, int) else None,
-        _block(q_BTNH.shape[1]),
-        _block(k_BSKH.shape[1]),
+        *block_sizes(q_BTNH.shape[1], k_BSKH.shape[1]),
     )
     offset = jnp.asarray(start, jnp.int32)
     q_BTNH = plain.scaled(c, q_BTNH)
@@ -73,10 +72,20 @@ def pairs(plan: _Plan, queries: int, keys: int) -> np.ndarray:
     return np.argwhere(needed_IJ)
 
 
-def _block(length: int) -> int:
-    """The size of equal blocks, in whole vectors."""
-    blocks = -(-length // BLOCK)
-    return -(-length // (16 * blocks)) * 16
+def block_sizes(queries: int, keys: int) -> tuple[int, int]:
+    """The lengths of a block of queries and of one of keys.
+
+    A sixteenth of the row: at most 136 pairs up to rows of 16,384, which an accelerator has to start one by one, and an
+    excess of a sixteenth over the triangle. Shorter than 128 the products become thin. On CPU short blocks
+    are also the faster ones for packed rows (tools/bench_attention.py).
+    """
+    size = min(max(-(-keys // 16), SMALLEST), LARGEST)
+
+    def equal(length: int) -> int:  # blocks with the least filling, in whole vectors
+        blocks = -(-length // size)
+        return -(-length // (16 * blocks)) * 16
+
+    return equal(queries), equal(keys)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
