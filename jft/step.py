@@ -50,7 +50,7 @@ def head_part(tree: Any) -> Any:
 def lora_loss(
     c: architecture.Config,
     *,
-    how: decoder.Execution = decoder.Execution(),
+    how: decoder.Execution = decoder.SIMPLE,
     mode: str = "factored",
     router_loss: float = 0.0,
     chunk: int = losses.CHUNK,
@@ -82,7 +82,7 @@ def lora_loss(
 def full_loss(
     c: architecture.Config,
     *,
-    how: decoder.Execution = decoder.Execution(),
+    how: decoder.Execution = decoder.SIMPLE,
     router_loss: float = 0.0,
     chunk: int = losses.CHUNK,
 ) -> Loss:

@@ -43,6 +43,9 @@ class Execution:
     layout: sharding.Layout | None = None
 
 
+SIMPLE = Execution()  # on one device, as it is written down
+
+
 def init(c: architecture.Config, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters of the right shapes; use inside `jax.eval_shape` for the shapes alone."""
     embed_key, position_key, layer_key, head_key = jax.random.split(key, 4)
@@ -89,7 +92,7 @@ def hidden(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     *,
-    how: Execution = Execution(),
+    how: Execution = SIMPLE,
 ) -> jax.Array:
     """Final hidden states, after the last norm.
 
@@ -115,7 +118,7 @@ def hidden_and_load(
     segments_BT: jax.Array | None = None,
     counted_BT: jax.Array | None = None,
     *,
-    how: Execution = Execution(),
+    how: Execution = SIMPLE,
 ) -> tuple[jax.Array, experts.Load | None]:
     """As `hidden`, and each layer's load of the experts over the tokens that `counted_BT` weighs, stacked on L."""
     B, T = tokens_BT.shape
@@ -221,7 +224,7 @@ def embed(
     params: Params,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
-    how: Execution = Execution(),
+    how: Execution = SIMPLE,
 ) -> jax.Array:
     x_BTD = _looked_up(params["embed"]["embedding"], tokens_BT, how)
     if c.embedding_scale != 1.0:
