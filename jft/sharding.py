@@ -32,7 +32,9 @@ from jft import errors, lora, tree
 AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 ROWS = ("slice", "data", "fsdp", "expert")  # that split the rows of a batch
 STORED = ("fsdp", "expert")  # that split the storage of a weight which all of them compute with
-WIDE = (*STORED, "tensor")  # that split the embedding's dimension and the head's vocabulary
+# That split the embedding's dimension and the head's vocabulary; in this order, so that what is split over all of them can
+# go over to rows, which the last ones split, by one exchange among those.
+WIDE = ("tensor", *STORED)
 
 RULES: tree.Rules = (
     (r"(embed|positions)/embedding", P(None, WIDE)),

@@ -15,6 +15,7 @@ from jft import program, sharding, step
 from jft.models import architecture, decoder
 
 assert jax.device_count() == 8
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 STEPS, ROWS, T, V = 10, 8, 32, 64
 
 DENSE = architecture.Config(
@@ -69,6 +70,8 @@ def make_config(rank: int, **changes: Any) -> Any:
     c = configuration.base()
     c.lora.rank = rank
     c.batch_size, c.optim.learning_rate, c.optim.schedule = ROWS, 1e-3, "constant"
+    # Gradients that are zero but for rounding (of biases of keys, say) stay small beside this.
+    c.optim.eps = 1e-4
     c.remat = "products"
     for key, value in changes.items():
         c.mesh[key] = value
@@ -145,8 +148,8 @@ def test_a_mesh_is_one_device(name: str, mesh: str, rank: int) -> None:
     layout = sharding.Layout(sharding.mesh(sharding.Sizes(**c.mesh), jax.devices()))
     want, trained = alone(name, rank, router_loss)
     got, sharded = train(name, c, layout)
-    # float32 sums in another order differ by some units in the last place (6e-8). Adam divides by the gradient's size, so
-    # that where a gradient nearly cancels its whole error arrives: up to 1 % of ten steps of 1e-3.
+    # float32 sums in another order differ by some units in the last place (6e-8); ten steps and Adam's division add up some
+    # tens of them.
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for leaf, whole in zip(jax.tree.leaves(sharded), jax.tree.leaves(trained), strict=True):
         np.testing.assert_allclose(leaf, whole, rtol=1e-5, atol=1e-5)

@@ -175,6 +175,8 @@ def ready(layer: Params, how: Execution) -> Params:
     Cast first: what is gathered has the narrower dtype.
     """
     if how.dtype is not None:
+        # Without the barrier XLA casts all layers before the loop: 0.9 GB more of an 8B model on 16 devices.
+        layer = jax.lax.optimization_barrier(layer)
         layer = jax.tree.map(lambda x: x.astype(how.dtype), layer)
     if how.layout is None:
         return layer
@@ -246,7 +248,7 @@ def _looked_up(table: jax.Array, at_BT: jax.Array, how: Execution) -> jax.Array:
     if layout is None:
         return x_BTD
     x_BTD = layout.constrain(x_BTD, ("slice", "data"), "context", sharding.WIDE)
-    return layout.constrain(x_BTD, sharding.ROWS, "context", None)
+    return layout.constrain(x_BTD, sharding.ROWS, "context", "tensor")
 
 
 def final_norm(c: architecture.Config, params: Params, x_BTD: jax.Array) -> jax.Array:

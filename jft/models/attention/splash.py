@@ -143,7 +143,9 @@ def _kernel_at(
     return jax.tree.map(part, kernel)
 
 
-@functools.lru_cache(maxsize=64)  # the tables take seconds for long rows, and layers are traced several times
+@functools.lru_cache(
+    maxsize=64
+)  # the tables take seconds for long rows, and layers are traced several times
 def _kernel(
     own: Sizes,
     start: int,
