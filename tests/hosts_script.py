@@ -85,4 +85,7 @@ def main(case: str, *rest: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except errors.UserError as told:  # as the `jft` command does
+        sys.exit(f"jft: {told}")

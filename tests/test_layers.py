@@ -15,7 +15,7 @@ ROWS = (
     ("tree",),
     ("quant",),
     ("lora",),
-    ("config", "losses", "optim"),
+    ("config", "losses", "optim", "hosts", "measure"),
     ("models",),
     ("data",),
     ("step", "evals", "plan", "terminal"),

@@ -48,7 +48,11 @@ def joined(
     A process of several that fails tells it to the others, and all end at once with the same exit code; so they do when
     one is lost. That goes past jax's own exit, which would wait five minutes for processes that wait for this one.
     """
-    start(coordinator, processes, process, timeout=timeout)
+    try:
+        start(coordinator, processes, process, timeout=timeout)
+    except meeting.Unreachable as error:
+        print(f"jft: {error}", file=sys.stderr)
+        raise SystemExit(RETRY) from error
     try:
         yield
     except BaseException as error:
