@@ -55,12 +55,18 @@ def run(command: list[str], processes: int, devices: int) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     for index in range(processes):
         settings = os.environ | environment(index, processes, devices, port)
         # In sessions of their own Ctrl-C reaches them once, through `forward`.
         child = subprocess.Popen(
-            command, env=settings, text=True, errors="replace", start_new_session=True, **pipes
+            command,
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
         children.append(child)
         threading.Thread(target=follow, args=(index, child), daemon=True).start()

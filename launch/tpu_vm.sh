@@ -20,7 +20,8 @@ case "$TYPE" in
   v5lite*) image=v2-alpha-tpuv5-lite ;;
   v5p*) image=v2-alpha-tpuv5 ;;
   v6e*) image=v2-alpha-tpuv6e ;;
-  *) image=tpu-ubuntu2204-base ;;
+  v4* | v3* | v2*) image=tpu-ubuntu2204-base ;;
+  *) echo "launch: $TYPE: not a type of TPU VM (tpu7x is to be had through GKE only: launch/gke.sh)" >&2; exit 2 ;;
 esac
 spot=''
 if [[ "${SPOT:-1}" == 1 ]]; then spot=--spot; fi

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all processes say to one another once jax runs: small collectives over all devices."""
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -48,19 +49,24 @@ class Flag:
 
 
 def _highest(flag: bool) -> Any:
-    """The largest of all processes' flags, as an array that the device is still working out."""
+    """The largest of all processes' flags, as an array that the devices are still working out."""
+    import jax
+
+    sharding, largest = _over_all_devices()
+    mine = np.full(jax.local_device_count(), flag, np.int32)
+    return largest(jax.make_array_from_process_local_data(sharding, mine))
+
+
+@functools.cache
+def _over_all_devices() -> tuple[Any, Any]:
+    """A value for each device, and what makes their largest known to all."""
     import jax
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
     mesh = Mesh(np.asarray(jax.devices()), ("devices",))
-    mine = np.full(jax.local_device_count(), flag, np.int32)
-    everyones = jax.make_array_from_process_local_data(NamedSharding(mesh, P("devices")), mine)
-    return jax.jit(_max, out_shardings=NamedSharding(mesh, P()))(everyones)
-
-
-def _max(x: Any) -> Any:
-    return x.max()
+    largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+    return NamedSharding(mesh, P("devices")), largest
 
 
 def agree(what: str, value: Any) -> None:

@@ -18,9 +18,8 @@ from typing import Any
 
 from jft.hosts import agreement, meeting
 
-RETRY = (
-    75  # exit code (EX_TEMPFAIL of sysexits.h): the same command goes on from the last checkpoint
-)
+# Exit code (EX_TEMPFAIL of sysexits.h): the same command goes on from the last checkpoint.
+RETRY = 75
 OPENING = 10.0  # seconds to connect; where a firewall prevents it, jax's heartbeats remain
 
 Messages = Iterator[dict[str, Any]]
@@ -117,9 +116,7 @@ def _names() -> list[str]:
     names = [socket.gethostname()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
         try:
-            outward.connect(
-                ("10.255.255.255", 1)
-            )  # sends nothing: asks which address would be used
+            outward.connect(("10.255.255.255", 1))  # sends nothing: which address would be used?
             names.append(outward.getsockname()[0])
         except OSError:
             pass
