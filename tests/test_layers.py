@@ -15,7 +15,7 @@ ROWS = (
     ("tree",),
     ("quant",),
     ("lora",),
-    ("config", "optim"),
+    ("config", "optim", "hosts", "measure"),
     ("sharding",),
     ("losses",),
     ("models",),
