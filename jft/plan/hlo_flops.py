@@ -201,11 +201,10 @@ def count(walk: Walk) -> Flops:
 
 def _stated(op_name: str, names: Sequence[str]) -> int | None:
     """What the innermost scope around a kernel says."""
-    found = None
-    for found in _STATED.finditer(op_name):
-        pass
-    if found is None:
+    scopes = list(_STATED.finditer(op_name))
+    if not scopes:
         return None
+    found = scopes[-1]
     own = " ".join(names).lower()
     for word, number in re.findall(r"_([a-z]+)_(\d+)", found[2]):
         if word in own:
