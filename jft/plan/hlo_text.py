@@ -136,8 +136,8 @@ class Instruction:
     @functools.cached_property
     def op_name(self) -> str:
         """The name scopes of the JAX operation that this came from; empty for what the compiler made."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
+        return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
