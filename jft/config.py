@@ -86,7 +86,7 @@ def base() -> config_dict.ConfigDict:
     c.micro_batch = 0  # rows in one forward pass; 0 = 2 on CPU, all elsewhere
     c.epochs = 3.0  # over the training rows
     c.steps = 0  # if not 0, instead of epochs
-    c.remat = "none"  # what the backward pass keeps: none (all), products, attention, full (nothing), dots, offload, offload_attention
+    c.remat = "auto"  # what the backward pass keeps: none (all), products, attention, full (nothing), dots, offload, offload_attention; auto = what fits
     c.router_loss = 0.0  # weight of the load-balance loss of a mixture of experts; usual: 0.001
     c.eval_batch_size = 0  # rows in one validation batch; 0 = as micro_batch
 

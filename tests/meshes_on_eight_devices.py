@@ -142,8 +142,18 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "mesh", "rank"), CASES)
 def test_a_mesh_is_one_device(name: str, mesh: str, rank: int) -> None:
+    check(name, rank, make_config(rank, **MESHES[mesh]))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_micro_batches_on_a_mesh_are_one_batch(rank: int) -> None:
+    c = make_config(rank, data=2, fsdp=2, tensor=2)
+    c.micro_batch = ROWS // 2
+    check("dense", rank, c)
+
+
+def check(name: str, rank: int, c: Any) -> None:
     router_loss = 0.1 if name == "experts" else 0.0
-    c = make_config(rank, **MESHES[mesh])
     c.router_loss = router_loss
     layout = sharding.Layout(sharding.mesh(sharding.Sizes(**c.mesh), jax.devices()))
     want, trained = alone(name, rank, router_loss)
@@ -153,3 +163,45 @@ def test_a_mesh_is_one_device(name: str, mesh: str, rank: int) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for leaf, whole in zip(jax.tree.leaves(sharded), jax.tree.leaves(trained), strict=True):
         np.testing.assert_allclose(leaf, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_lie_in_parts() -> None:
+    """A device of eight holds an eighth of what `fsdp` stores, of adapters and moments too; copies with `data`."""
+    for sizes, parts in (({}, 8), ({"data": 8, "fsdp": 1}, 1)):
+        c = make_config(4, **sizes)
+        layout = sharding.Layout(sharding.mesh(sharding.Sizes(**c.mesh), jax.devices()))
+        built = program.build(c, DENSE, layout=layout, backend="cpu", length=T, steps=STEPS)
+        for leaf in jax.tree.leaves((built.frozen["layers"]["mlp"], built.state.trainable)):
+            held = np.prod(leaf.sharding.shard_shape(leaf.shape))
+            # Factors of few numbers may have no dimension that eight devices divide.
+            assert leaf.size // held in (parts, 1) and (held < 1000 or leaf.size // held == parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fsdp": 3}, "mesh .fsdp 3. does not fit 8 devices"),
+        ({"data": -1}, "mesh.data and mesh.fsdp are -1"),
+        ({"tensor": 0}, "mesh.tensor=0: 1 or more"),
+        ({"tensor": 4}, "mesh.tensor=4 does not divide num_kv_heads=2"),
+        ({"expert": 2}, "mesh.expert=2 does not divide the model's 0 experts"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, int], said: str) -> None:
+    c = make_config(4)
+    with pytest.raises(errors.UserError, match=said):
+        sizes = sharding.Sizes(**{**c.mesh, **changes})
+        layout = sharding.Layout(sharding.mesh(sizes, jax.devices()))
+        program.build(c, DENSE, layout=layout, backend="cpu", length=T, steps=STEPS)
+
+
+def test_rows_that_the_devices_do_not_divide_are_refused() -> None:
+    c = make_config(4)
+    layout = sharding.Layout(sharding.mesh(sharding.Sizes(), jax.devices()))
+    for key in ("batch_size", "eval_batch_size"):
+        with pytest.raises(
+            errors.UserError, match=f"{key}=12 is not divisible by the 8 .*: use 16"
+        ):
+            c = make_config(4)
+            c[key] = 12
+            program.build(c, DENSE, layout=layout, backend="cpu", length=T, steps=STEPS)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts: a router sends each token to its best experts, and `ragged_dot` computes them.
 
-Rows are sorted by expert, so that each expert's tokens lie together; no capacity, no token is dropped. On a mesh each
-device sorts its own tokens. Where experts are split over the mesh, the devices that share them bring their tokens
-together, each computes its own experts' part of every token, and the parts are summed.
+Rows are sorted by expert, so that each expert's tokens lie together; no capacity, no token is dropped. On a mesh:
+`experts_on_mesh`.
 """
 
 import dataclasses
@@ -16,9 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
-from jft import sharding
 from jft.models import architecture
 
 
@@ -88,32 +85,18 @@ class Experts(nnx.Module):
         x_BTD: jax.Array,
         logits_ME: jax.Array,
         activate: Callable[[jax.Array, jax.Array], jax.Array],
-        counted_BT: jax.Array | None,
-    ) -> tuple[jax.Array, Load | None]:
-        """What the chosen experts make of each token, weighted; and the load over the counted tokens.
+    ) -> jax.Array:
+        """What the chosen experts make of each token, weighted.
 
         Args:
           x_BTD: normed hidden states.
           logits_ME: the router's, for the B * T tokens.
           activate: (gate, up) -> the input of `down`.
-          counted_BT: weights of the tokens in the load; None for no load.
         """
-        e, x_MD = self.experts, x_BTD.reshape(-1, x_BTD.shape[-1])
-        probability_ME, weight_MK, chosen_MK = self.choice(logits_ME)
-        mine = self.here(x_MD, weight_MK, chosen_MK, 0, e.count, activate)
-        load = None
-        if counted_BT is not None:
-            load = _load(probability_ME, chosen_MK, counted_BT.reshape(-1))
-        return mine.reshape(x_BTD.shape), load
-
-    def choice(self, logits_ME: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Probabilities of all experts; weights and numbers of the chosen ones."""
-        wide = jnp.promote_types(logits_ME.dtype, jnp.float32)
-        probability_ME = jax.nn.softmax(logits_ME.astype(wide), axis=-1)
-        weight_MK, chosen_MK = lax.top_k(probability_ME, self.experts.top_k)
-        if self.experts.normalise:
-            weight_MK = weight_MK / jnp.sum(weight_MK, axis=-1, keepdims=True)
-        return probability_ME, weight_MK, chosen_MK
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        weight_MK, chosen_MK = choice(self.experts, logits_ME)[1:]
+        y_MD = self.here(x_MD, weight_MK, chosen_MK, 0, self.experts.count, activate)
+        return y_MD.reshape(x_BTD.shape)
 
     def here(
         self,
@@ -151,78 +134,21 @@ class Experts(nnx.Module):
         return self.down(activate(gate, up), expert, sizes_E)
 
 
-def run(
-    experts: Experts,
-    x_BTD: jax.Array,
-    logits_ME: jax.Array,
-    activate: Callable[[jax.Array, jax.Array], jax.Array],
-    counted_BT: jax.Array | None,
-    layout: sharding.Layout | None,
-) -> tuple[jax.Array, Load | None]:
-    """`experts(...)` on one device or, with a layout, on a mesh."""
-    if layout is None:
-        return experts(x_BTD, logits_ME, activate, counted_BT)
-    definition, state = nnx.split(experts)
-    kernels = nnx.to_pure_dict(state)
-    specs = {
-        name: {
-            # Of one layer: without the layers' dimension.
-            part: P(*layout.computed(f"layers/experts/{name}/{part}", (1, *leaf.shape))[1:])
-            for part, leaf in parts.items()
-        }
-        for name, parts in kernels.items()
-    }
-    rows = layout.used(sharding.ROWS)
-    along = layout.used(("context",))
-    stream = P(rows, along, None)
-    logits_BTE = logits_ME.reshape(*x_BTD.shape[:2], -1)
-    if counted_BT is None:
-        counted_BT = jnp.zeros(x_BTD.shape[:2], x_BTD.dtype)
-        asked = False
-    else:
-        asked = True
-
-    def local(
-        kernels: Any, x_BTD: jax.Array, logits_BTE: jax.Array, counted_BT: jax.Array
-    ) -> tuple[jax.Array, Load]:
-        if "bias" in kernels["down"]:  # each device of `tensor` adds its part
-            part = kernels["down"]["bias"] / layout.size("tensor")
-            kernels = kernels | {"down": kernels["down"] | {"bias": part}}
-        module: Experts = nnx.merge(definition, kernels)
-        E = experts.experts.count
-        logits_ME = logits_BTE.reshape(-1, E)
-        probability_ME, weight_MK, chosen_MK = module.choice(logits_ME)
-        load = _load(probability_ME, chosen_MK, counted_BT.reshape(-1))
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        shared, first, count = layout.used(("expert",)), 0, E
-        if shared:
-            count = E // layout.size("expert")
-            first = lax.axis_index("expert") * count
-            x_MD, weight_MK, chosen_MK = (
-                lax.all_gather(x, "expert", tiled=True) for x in (x_MD, weight_MK, chosen_MK)
-            )
-        y_MD = module.here(x_MD, weight_MK, chosen_MK, first, count, activate)
-        if shared:
-            y_MD = lax.psum_scatter(y_MD, "expert", tiled=True)
-        if layout.used(("tensor",)):
-            y_MD = lax.psum(y_MD, "tensor")
-        everywhere = (*rows, *along)
-        if everywhere:
-            load = jax.tree.map(lambda x: lax.psum(x, everywhere), load)
-        return y_MD.reshape(x_BTD.shape), load
-
-    y_BTD, load = jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(specs, stream, stream, P(rows, along)),
-        out_specs=(stream, P()),
-        check_vma=False,
-    )(kernels, x_BTD, logits_BTE, counted_BT)
-    return y_BTD, load if asked else None
+def choice(
+    experts: architecture.Experts, logits_ME: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Probabilities of all experts; weights and numbers of the chosen ones."""
+    wide = jnp.promote_types(logits_ME.dtype, jnp.float32)
+    probability_ME = jax.nn.softmax(logits_ME.astype(wide), axis=-1)
+    weight_MK, chosen_MK = lax.top_k(probability_ME, experts.top_k)
+    if experts.normalise:
+        weight_MK = weight_MK / jnp.sum(weight_MK, axis=-1, keepdims=True)
+    return probability_ME, weight_MK, chosen_MK
 
 
-def _load(probability_ME: jax.Array, chosen_MK: jax.Array, counted_M: jax.Array) -> Load:
-    E = probability_ME.shape[-1]
-    counted_M = counted_M.astype(probability_ME.dtype)
-    times_ME = jnp.sum(jax.nn.one_hot(chosen_MK, E, dtype=counted_M.dtype), axis=1)
+def load(experts: architecture.Experts, logits_ME: jax.Array, counted_BT: jax.Array) -> Load:
+    """How a router spreads tokens, each counted with its weight."""
+    probability_ME, _, chosen_MK = choice(experts, logits_ME)
+    counted_M = counted_BT.reshape(-1).astype(probability_ME.dtype)
+    times_ME = jnp.sum(jax.nn.one_hot(chosen_MK, experts.count, dtype=counted_M.dtype), axis=1)
     return Load(counted_M @ times_ME, counted_M @ probability_ME, jnp.sum(counted_M))

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jft import matmul, sharding
-from jft.models import architecture, experts, rope
+from jft.models import architecture, experts, experts_on_mesh, rope
 
 # attention(q_BTNH, k_BTKH, v_BTKH, sinks_N or None) -> (attended_BTNH, what the caller keeps, such as a cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
@@ -215,14 +215,19 @@ class Block(nnx.Module):
         y_BTD = self.mlp_norm(x_BTD) if pre else x_BTD
         if c.experts:
             logits_ME = self.router(y_BTD.reshape(-1, c.d_model))
-            activation = functools.partial(activate, c)
-            y_BTD, load = experts.run(
-                self.experts, y_BTD, logits_ME, activation, context.counted_BT, context.layout
-            )
+            if context.counted_BT is not None:
+                load = experts.load(c.experts, logits_ME, context.counted_BT)
+            y_BTD = self._experts(y_BTD, logits_ME, context)
         else:
             y_BTD = self.mlp(y_BTD, context)
         y_BTD = self.mlp_post_norm(y_BTD) if post else y_BTD
         return x_BTD + _scaled(y_BTD, c.residual_scale), kept, load
+
+    def _experts(self, y_BTD: jax.Array, logits_ME: jax.Array, context: Context) -> jax.Array:
+        activation = functools.partial(activate, self.config)
+        if context.layout is None:
+            return self.experts(y_BTD, logits_ME, activation)
+        return experts_on_mesh.run(self.experts, y_BTD, logits_ME, activation, context.layout)
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
