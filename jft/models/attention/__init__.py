@@ -84,8 +84,7 @@ def choose(backend: str, c: architecture.Config, T: int, dtype: Any, *, context:
     """
     wide = jnp.dtype(dtype) == jnp.float64
     if backend == "tpu" and not wide:
-        windows = {kind.window for kind in c.kinds}
-        if context == 1 or all(splash.fits(T // context, T, window) for window in windows):
+        if context == 1 or splash.fits(T // context, T):
             return "splash"
     if backend == "gpu" and context == 1 and cudnn.supports(c, T, dtype):
         return "cudnn"
@@ -107,16 +106,18 @@ def flops(
     N: int,
     H: int,
     *,
+    dtype: Any = jnp.bfloat16,
     window: int | None = None,
-    start: jax.Array | int = 0,
+    start: jax.Array | int | None = 0,
 ) -> tuple[int, int]:
     """Executed by the products of one call forward and of one backward, in whole blocks as they are computed.
 
-    A multiply and an add are two. Blockwise skips more as it runs, where examples are packed. With a traced start
-    (None here) splash counts the part that has most to do.
+    A multiply and an add are two. Blockwise skips more as it runs, where examples are packed. `start` is None for one that
+    is traced: blockwise then goes over all blocks, and splash's is the part that has most to do.
     """
     if implementation == "splash":
-        forward, *backward = splash.flops(splash.sizes(T, S, window), B, N, H, window, start)
+        own = splash.sizes(T, S, H, dtype, window)
+        forward, *backward = splash.flops(own, B, N, H, window, start)
         return forward, sum(backward)
     if implementation == "cudnn":
         return cudnn.flops(B, T, S, N, H, start)

@@ -74,7 +74,7 @@ def block_sizes(queries: int, keys: int) -> tuple[int, int]:
 
 
 def flops(
-    B: int, T: int, S: int, N: int, H: int, window: int | None, start: jax.Array | int = 0
+    B: int, T: int, S: int, N: int, H: int, window: int | None, start: jax.Array | int | None = 0
 ) -> tuple[int, int]:
     """Executed forward and backward, 2 and 5 products, if no pair of blocks is skipped as it runs."""
     known = start if isinstance(start, int) else None
@@ -220,6 +220,9 @@ class _Cut:
     ):
         (_, T, _, _), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
         self.plan, self.wide = plan, jnp.promote_types(q_BTNH.dtype, jnp.float32)
+        # The masks hang on the queries from here on. Else `grad` of a scan over layers takes all of them, T x S, out
+        # of the loop: they are the same in every layer.
+        q_BTNH, segments = lax.optimization_barrier((q_BTNH, segments))
         self.q_I = _heads_outside(q_BTNH, K, plan.block_T)
         self.k_J = _heads_outside(k_BSKH, K, plan.block_S)[:, :, :, 0]
         self.v_J = _heads_outside(v_BSKH, K, plan.block_S)[:, :, :, 0]

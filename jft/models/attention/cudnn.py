@@ -67,7 +67,9 @@ def arguments(
     return {"mask": mask_BTS[:, None], "scale": plain.scale(c), "is_causal": causal}
 
 
-def flops(B: int, T: int, S: int, N: int, H: int, start: jax.Array | int = 0) -> tuple[int, int]:
+def flops(
+    B: int, T: int, S: int, N: int, H: int, start: jax.Array | int | None = 0
+) -> tuple[int, int]:
     """Executed forward and backward: 2 and 5 products over the blocks up to the diagonal; a bias skips none."""
     if _causal(T, S, start):
         area = len(blocks.pairs(T, S, BLOCK, BLOCK, 0, None)) * BLOCK * BLOCK
@@ -83,5 +85,5 @@ def even(x: jax.Array, value: int) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _causal(T: int, S: int, start: jax.Array | int) -> bool:
+def _causal(T: int, S: int, start: jax.Array | int | None) -> bool:
     return T == S and isinstance(start, int) and start == 0

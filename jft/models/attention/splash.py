@@ -19,8 +19,10 @@ from jft.models.attention import blocks, plain
 
 LANES = 128  # of a TPU's vectors: lengths are multiples
 BLOCK = 512  # queries and keys of a block at most: what MaxText takes by default, too
-PARTS = 4  # of the keys at most in a fused backward pass, of up to LARGEST keys each: vector memory ends there
-LARGEST = 2048
+PARTS = 4  # of the keys at most in a fused backward pass
+PART_BYTES = (
+    2**19
+)  # of a part's keys at most: the kernel with all its buffers then fits the 16 MiB of a v4's vector memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +41,21 @@ class Sizes:
     fused: bool
 
 
-def sizes(queries: int, keys: int, window: int | None) -> Sizes:
+def sizes(queries: int, keys: int, H: int, dtype: Any, window: int | None) -> Sizes:
     """Those for so many queries and keys: the backward pass with the fewer flops of those that fit."""
     (queries, block_q), (keys, block_k) = _filled(queries), _filled(keys)
     count = keys // block_k
     part = block_k * next(n for n in range(-(-count // PARTS), count + 1) if count % n == 0)
     apart = Sizes(queries, keys, block_q, block_k, block_k, False)
     fused = Sizes(queries, keys, block_q, block_k, part, True)
-    if part > LARGEST:
+    if part * max(H, LANES) * jnp.dtype(dtype).itemsize > PART_BYTES:
         return apart
     return min(fused, apart, key=lambda own: sum(flops(own, 1, 1, 1, window)[1:]))
 
 
-def fits(queries: int, keys: int, window: int | None) -> bool:
+def fits(queries: int, keys: int) -> bool:
     """Whether a part of a row whose place is known only as it runs is of whole blocks."""
-    own = sizes(queries, keys, window)
-    return (own.queries, own.keys, keys % queries) == (queries, keys, 0)
+    return (_filled(queries)[0], _filled(keys)[0], keys % queries) == (queries, keys, 0)
 
 
 def attend(
@@ -74,7 +75,7 @@ def attend(
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     B, T, N, H = q_BTNH.shape
-    own = sizes(T, k_BSKH.shape[1], window)
+    own = sizes(T, k_BSKH.shape[1], H, k_BSKH.dtype, window)
     if isinstance(start, int):
         kernel = _kernel(own, start, 1, N, window, c.attention_softcap, interpret)
     else:
@@ -91,7 +92,7 @@ def attend(
 
 
 def flops(
-    own: Sizes, B: int, N: int, H: int, window: int | None, start: jax.Array | int = 0
+    own: Sizes, B: int, N: int, H: int, window: int | None, start: jax.Array | int | None = 0
 ) -> tuple[int, int, int]:
     """Executed by one call of the forward, the dkv and the dq kernel; the last is 0 where fused.
 
