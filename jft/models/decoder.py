@@ -226,9 +226,10 @@ def mask(kind: architecture.Layer, positions_BT: jax.Array, segments_BT: jax.Arr
 
 
 def lengths(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """[B, T]: the length of each token's own segment, whatever else is in its row or batch."""
-    same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return jnp.max(jnp.where(same, positions_BT[:, None, :], -1), axis=-1) + 1
+    """[B, T]: the length of each token's own segment, whatever else is in its row or batch. Segments are 0..T."""
+    T = segments_BT.shape[1]
+    last = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=T + 1))
+    return jnp.take_along_axis(last(positions_BT, segments_BT), segments_BT, axis=1) + 1
 
 
 def embed(

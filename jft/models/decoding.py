@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jft.models import architecture, decoder, layers, rope
+from jft.models import architecture, attention, decoder, layers, rope
 
 
 @functools.partial(
@@ -87,14 +87,16 @@ def prefill(
       Hidden states x_BTD, after the last norm, and the cache.
     """
     length_B1 = jnp.sum(valid_BT, axis=1, keepdims=True)
-    masks = [decoder.mask(kind, positions_BT, valid_BT.astype(jnp.int32)) for kind in c.kinds]
+    segments_BT = valid_BT.astype(jnp.int32)
 
     def attend(kind: int, index: Any, cache: Cache, q: Any, k: Any, v: Any, sinks: Any) -> Any:
         slots = cache.values[kind].shape[3]
         kept_BT = valid_BT & (positions_BT >= length_B1 - slots)
         slot_BT = jnp.where(kept_BT, positions_BT % slots, slots)  # beyond the end: dropped
         cache = _put(cache, kind, index, slot_BT, k, v)
-        return layers.attend(c, q, k, v, masks[kind], sinks), cache
+        heads = q, k, v, segments_BT, segments_BT
+        window = c.kinds[kind].window
+        return attention.attend(c, *heads, window=window, sinks_N=sinks), cache
 
     return _layers(c, params, tokens_BT, positions_BT, cache, attend)
 
@@ -118,7 +120,7 @@ def step(
             lax.dynamic_index_in_dim(part[kind], index, keepdims=False)
             for part in (cache.keys, cache.values)
         )
-        attended_BNH = layers.attend_to_cache(c, q[:, 0], keys, values, seen_BS, sinks)
+        attended_BNH = attention.plain.attend_to_cache(c, q[:, 0], keys, values, seen_BS, sinks)
         return attended_BNH[:, None], cache
 
     x_BTD, cache = _layers(c, params, token_B[:, None], position_B[:, None], cache, attend)

@@ -11,11 +11,23 @@ from typing import Any
 
 import jax
 
+from jft.models import attention
+
 # What the backward pass of attention needs, so that neither its products nor its kernel run again.
 ATTENTION = ("query", "key", "value", "attended", "attention_lse", "middle")
 # All that the products' gradients need: nothing but norms, rotations and activations is computed again.
 PRODUCTS = (*ATTENTION, "qkv", "gate", "up", "gate_up")
 STREAM = ("stream",)
+
+
+def _kept(names: tuple[str, ...]) -> Any:
+    """What is named so, and the results of attention kernels that can't be named."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+        return named(primitive, *args, **params) or attention.saves(primitive, *args, **params)
+
+    return policy
 
 
 def _offloaded(kept: tuple[str, ...]) -> Any:
@@ -31,8 +43,8 @@ def _offloaded(kept: tuple[str, ...]) -> Any:
 POLICIES: dict[str, Any] = {
     "none": None,  # everything is kept
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION),
-    "products": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
+    "attention": _kept(ATTENTION),
+    "products": _kept(PRODUCTS),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": _offloaded(()),
     "offload_attention": _offloaded(ATTENTION),
