@@ -3,6 +3,7 @@
 
 Bytes on the wire are what one device sends by the ring algorithms, with n devices in a group and I bytes of input:
 all-gather I (n - 1), reduce-scatter and all-to-all I (n - 1) / n, all-reduce both of them 2 I (n - 1) / n, a permutation I.
+Between TPU slices the compiler hands arrays to the host, with `send`, which exchanges them over the data-centre network.
 """
 
 import collections
@@ -58,7 +59,10 @@ def collect(walk: hlo_flops.Walk, mesh: Mapping[str, int]) -> tuple[Collective, 
 
 
 def _kind(own: hlo_text.Instruction) -> str | None:
-    kind = own.opcode.removesuffix("-start").replace("ragged-all-to-all", "all-to-all")
+    if own.opcode == "send":  # to a host: other slices
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', own.rest)
+        return found[1].lower().replace("_", "-") if found else None
+    kind = own.opcode.removesuffix("-start").removeprefix("ragged-")
     return kind if kind in KINDS else None
 
 
@@ -86,22 +90,15 @@ def _collective(
     assert kind
     inputs = [leaf for one in step.computation.inputs(own) for leaf in hlo_text.leaves(one.shape)]
     taken = sum(leaf.bytes for leaf in inputs)
-    groups = groups_of(own, math.prod(mesh.values()))
+    groups = groups_of(own, math.prod(mesh.values()), module.partitions)
     size = 2 if kind == "collective-permute" else len(groups[0])
-    wire = {
-        "all-gather": taken * (size - 1),
-        "reduce-scatter": taken * (size - 1) / size,
-        "all-to-all": taken * (size - 1) / size,
-        "all-reduce": 2 * taken * (size - 1) / size,
-        "collective-permute": taken,
-    }[kind]
     return Collective(
         kind=kind,
         axes=axes_of(groups, mesh),
         group=size,
         shapes=_results(own),
         payload=taken * size if kind == "all-gather" else taken,
-        wire=float(wire),
+        wire=_wire(kind, taken, size),
         times=step.times,
         op_name=own.op_name,
         name=own.name,
@@ -109,15 +106,34 @@ def _collective(
     )
 
 
+def _wire(kind: str, taken: int, size: int) -> float:
+    share = taken * (size - 1) / size
+    return {
+        "all-gather": taken * (size - 1),
+        "reduce-scatter": share,
+        "all-to-all": share,
+        "all-reduce": 2 * share,
+    }.get(kind, float(taken))
+
+
 def _results(own: hlo_text.Instruction) -> tuple[hlo_text.Array, ...]:
     """An asynchronous start's shape holds what it takes, what it gives, and semaphores; but an all-reduce's only the second."""
-    started = own.opcode.endswith("-start") and own.opcode != "all-reduce-start"
-    shape = own.shape[1] if started and isinstance(own.shape, tuple) else own.shape
+    shape = own.shape
+    if (
+        isinstance(shape, tuple)
+        and own.opcode.endswith("-start")
+        and own.opcode != "all-reduce-start"
+    ):
+        shape = shape[1]
+    elif isinstance(shape, tuple) and own.opcode == "send":
+        shape = shape[0]
     return tuple(hlo_text.leaves(shape))
 
 
-def groups_of(own: hlo_text.Instruction, devices: int) -> list[list[int]]:
-    """Devices that exchange with each other; of a permutation, its pairs."""
+def groups_of(own: hlo_text.Instruction, devices: int, partitions: int) -> list[list[int]]:
+    """Devices that exchange with each other; of a permutation, its pairs. A program of several slices is that of one."""
+    if own.opcode == "send":
+        return [list(range(first, devices, partitions)) for first in range(partitions)]
     pairs = own.attributes.get("source_target_pairs")
     if pairs:
         return _lists(pairs)
@@ -127,7 +143,7 @@ def groups_of(own: hlo_text.Instruction, devices: int) -> list[list[int]]:
     iota = re.fullmatch(_ITEM, text)
     if iota:
         return _iota(*iota.groups()).tolist()
-    return _lists(text) or [list(range(devices))]
+    return _lists(text) or [list(range(partitions))]
 
 
 def _lists(text: str) -> list[list[int]]:

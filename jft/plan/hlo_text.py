@@ -209,6 +209,12 @@ class Module:
         return "is_scheduled=true" in self.header
 
     @functools.cached_property
+    def partitions(self) -> int:
+        """Devices that run it together: those of one slice."""
+        found = re.search(r"num_partitions=(\d+)", self.header)
+        return int(found[1]) if found else 1
+
+    @functools.cached_property
     def donated(self) -> dict[int, int]:
         """Output -> parameter whose buffer it takes."""
         pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\d*\}, (?:may|must)-alias\)", self.header)
