@@ -163,9 +163,9 @@ def _named(text: str, ids: str) -> list[list[int]]:
     text, ids = (text, "") if "{" in text else (text + ids[ids.rindex("{") :], ids)
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", text)}
     numbers = np.arange(math.prod(sizes.values()))
-    iota = re.search(_ITEM, ids)
-    if iota:
-        numbers = _iota(*iota.groups())
+    iota = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", ids)
+    if iota:  # a range in this shape, transposed
+        numbers = _iota(iota[1], iota[1], iota[2])
     elif ids:
         numbers = np.array([int(n) for n in re.findall(r"\d+", ids[: ids.rindex("{")])])
     shape, over = [], []

@@ -25,6 +25,13 @@ _NAMELESS = (
     "copy-start",
     "copy-done",
 )
+# Elementwise, so that the result may take the place of an operand that nobody needs any more.
+_ELEMENTWISE = frozenset(
+    "abs add and ceil clamp compare convert copy cosine divide exponential exponential-minus-one floor is-finite log"
+    " log-plus-one logistic maximum minimum multiply negate not or power remainder round-nearest-even rsqrt select sign"
+    " sine sqrt subtract tan tanh xor".split()
+)
+
 Value = tuple[str, str, int]  # computation, instruction, which array of its shape
 
 
@@ -236,6 +243,53 @@ class Liveness:
             for buffer, values in self._members.items()
         }
         self._sizes = {buffer: self._size(values) for buffer, values in self._members.items()}
+        self._reuse()
+
+    def _reuse(self) -> None:
+        """An elementwise result takes the place of an operand that dies there, where the compiler says nothing (CPU, GPU)."""
+        moved: dict[Value, Value] = {}
+        for now, (name, own) in enumerate(self._order):
+            if (
+                not own.operands
+                or "aliasing_operands" in own.rest
+                or not isinstance(own.shape, hlo_text.Array)
+            ):
+                continue
+            computation = self.module.computations[name]
+            output = self._find((name, own.name, 0))
+            for number, one in enumerate(computation.inputs(own)):
+                operand = self._find((name, one.name, 0))
+                while operand in moved:
+                    operand = moved[operand]
+                if self._dies_for(operand, output, now) and self._elementwise(own, number, one):
+                    self._live[operand].last = self._live.pop(output).last
+                    moved[output] = operand
+                    break
+
+    def _dies_for(self, operand: Value, output: Value, now: int) -> bool:
+        """Whether one buffer ends where another of its size begins."""
+        if operand == output or output not in self._live or not self._sizes[output]:
+            return False
+        ends = self._live[operand].last == now == self._live[output].first
+        return ends and self._sizes[operand] == self._sizes[output]
+
+    def _elementwise(
+        self, own: hlo_text.Instruction, number: int, operand: hlo_text.Instruction
+    ) -> bool:
+        """Whether each element of the result depends on the same element of an operand, and no other of it."""
+        if own.opcode in _ELEMENTWISE:
+            return True
+        if own.opcode != "fusion" or not isinstance(operand.shape, hlo_text.Array):
+            return False
+        called = self.module.computations[own.called[0]]
+        reached = {called.parameters[number].name}
+        for one in called.instructions:
+            if reached.isdisjoint(one.operands):
+                continue
+            if one.opcode not in _ELEMENTWISE or one.shape.dims != operand.shape.dims:
+                return False
+            reached.add(one.name)
+        return called.root.name in reached
 
     def _array(self, value: Value) -> hlo_text.Array:
         own = self.module.computations[value[0]].by_name[value[1]]
