@@ -286,7 +286,7 @@ class Liveness:
         for one in called.instructions:
             if reached.isdisjoint(one.operands):
                 continue
-            if one.opcode not in _ELEMENTWISE or one.shape.dims != operand.shape.dims:
+            if one.opcode not in _ELEMENTWISE or not _alike(one.shape, operand.shape):
                 return False
             reached.add(one.name)
         return called.root.name in reached
@@ -348,6 +348,14 @@ class Liveness:
 
     def _of(self, value: Value) -> hlo_text.Instruction:
         return self.module.computations[value[0]].by_name[value[1]]
+
+
+def _alike(one: hlo_text.Shape, other: hlo_text.Shape) -> bool:
+    return (
+        isinstance(one, hlo_text.Array)
+        and isinstance(other, hlo_text.Array)
+        and one.dims == other.dims
+    )
 
 
 def _leaves_before(shape: hlo_text.Shape, index: int) -> int:
