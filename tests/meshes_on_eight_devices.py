@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jft import config as configuration
-from jft import program, sharding, step
+from jft import errors, program, sharding, step
 from jft.models import architecture, decoder
 
 assert jax.device_count() == 8

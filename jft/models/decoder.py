@@ -216,15 +216,6 @@ def tables(
     return rope.tables(kind.rope, c.rotary_dim or c.head_dim, positions_BT, stretched_BT, dtype)
 
 
-def mask(kind: architecture.Layer, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """[B, T, T]: causal, only within one segment, and only within the window."""
-    T = segments_BT.shape[1]
-    seen = jnp.tril(jnp.ones((T, T), bool)) & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    if kind.window is not None and kind.window < T:
-        seen &= positions_BT[:, :, None] - positions_BT[:, None, :] < kind.window
-    return seen
-
-
 def lengths(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """[B, T]: the length of each token's own segment, whatever else is in its row or batch. Segments are 0..T."""
     T = segments_BT.shape[1]

@@ -15,12 +15,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jft import matmul, sharding
-from jft.models import architecture, attention, experts, experts_on_mesh, rope
+from jft.models import architecture, experts, experts_on_mesh, rope
 
 # attention(q_BTNH, k_BTKH, v_BTKH, sinks_N or None) -> (attended_BTNH, what the caller keeps, such as a cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
 
-attend = attention.plain.attend  # as decoder.py calls it
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
