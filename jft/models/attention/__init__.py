@@ -16,10 +16,11 @@ from jft.models.attention import blockwise, cudnn, plain, splash
 
 IMPLEMENTATIONS = ("plain", "blockwise", "splash", "cudnn")
 
-# The longest row whose scores are formed at once where there is no kernel. At 256 both take the same time on CPU, and
-# blockwise a third less for packed rows; at 1,024 half and a fifth, in a tenth of the memory (tools/bench_attention.py). The
-# shorter ones stay plain for the sake of compile time.
-LONGEST_PLAIN = 256
+# The longest row whose scores are formed at once where there is no kernel. On CPU blockwise is as fast at 128 and faster
+# from 256 on (tools/bench_attention.py); up to there plain stays, which compiles a second sooner. An accelerator starts
+# its products one by one, too many short ones for a short row: up to 1,024 the scores are its lesser evil, 128 MiB a row
+# of 32 heads. That bound is reckoned, not measured.
+LONGEST_PLAIN = {"cpu": 256, "gpu": 1024, "tpu": 1024}
 
 
 def attend(
@@ -88,7 +89,7 @@ def choose(backend: str, c: architecture.Config, T: int, dtype: Any, *, context:
             return "splash"
     if backend == "gpu" and context == 1 and cudnn.supports(c, T, dtype):
         return "cudnn"
-    return "plain" if T <= LONGEST_PLAIN else "blockwise"
+    return "plain" if T <= LONGEST_PLAIN[backend] else "blockwise"
 
 
 def saves(primitive: Any, *_: Any, **params: Any) -> bool:

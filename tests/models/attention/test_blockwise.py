@@ -43,6 +43,7 @@ def test_start_may_be_traced(x64: None, quick_compiles: None, small_blocks: None
     cases.assert_same(case, 1e-13, implementation="blockwise", traced=True)
 
 
+@pytest.mark.slow
 def test_bfloat16_within_its_rounding(quick_compiles: None, small_blocks: None) -> None:
     # Weights and scores' gradients are rounded to 8 bits on both sides, not alike: a few of 2**-8, less for sums.
     case = cases.Case(77, 77, dtype=jnp.bfloat16, sinks=True)

@@ -30,6 +30,7 @@ GPT_OSS = {"head_dim": 64, "sinks": True, "pattern": (architecture.Layer(window=
         ("gpu", {"head_dim": 128}, 16384, "bfloat16", 1, "blockwise"),  # its bias would be large
         ("gpu", {"attention_softcap": 50.0}, 2048, "bfloat16", 1, "blockwise"),
         ("gpu", GPT_OSS, 2048, "bfloat16", 1, "blockwise"),
+        ("gpu", GPT_OSS, 1024, "bfloat16", 1, "plain"),
         ("gpu", {"head_dim": 128}, 8192, "bfloat16", 4, "blockwise"),
     ],
 )
