@@ -2,6 +2,7 @@
 """Checkpoints of a run: the trainable tree, the optimizer's state and the step, by orbax.
 
 The frozen base is not copied: the run's configuration and fingerprint name it. The data's position is the step.
+Of several processes each writes what lies on its devices, into one folder that all see; every process makes the same calls.
 """
 
 import pathlib
@@ -40,9 +41,14 @@ class Checkpoints:
         )
 
     def restore(self, like: step.State) -> tuple[step.State, dict[str, Any]]:
-        """The newest state, with the shapes, dtypes and shardings of `like`, and its JSON."""
+        """The newest state, with the shapes, dtypes and shardings of `like`, and its JSON.
+
+        Whatever mesh and processes it was written by; without shardings it goes to the default device.
+        """
+        # Where none is named orbax takes those that were saved, whose devices need not be here.
+        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or alone), like
         )
         restored = self.manager.restore(
             self.latest,

@@ -112,8 +112,11 @@ def base() -> config_dict.ConfigDict:
     return c.lock()
 
 
-# Keys that may differ when a run is resumed: they do not change what is computed.
-NOT_MATHEMATICS = ("run_dir", "checkpoint.", "validate.", "eval_batch_size", "data.test")
+# Keys that may differ when a run is resumed: they do not change what is computed, the last three but for rounding.
+NOT_MATHEMATICS = (
+    *("run_dir", "checkpoint.", "validate.", "eval_batch_size", "data.test"),
+    *("mesh.", "micro_batch", "remat"),
+)
 
 
 def load(spec: str) -> config_dict.ConfigDict:

@@ -8,7 +8,7 @@ cache of keys and values.
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -69,17 +69,23 @@ class _Decoding:
 
 
 class Generator:
-    """Generates with one model and one adapter; compiled functions are kept between calls."""
+    """Generates with one model and one adapter; compiled functions are kept between calls.
+
+    Where the parameters are sharded over a mesh, every process makes the same calls and gets all answers.
+    """
 
     def __init__(self, model: models.Model, adapters: lora.Adapters | None = None):
         self.model = model
         self.adapters = dict(adapters or {})
         self.stop = frozenset(encoding.stop_tokens(model.tokenizer))
+        everywhere = _everywhere(model.params)
         read = lora.transform(functools.partial(_read, model.config))
-        self._prefill = jax.jit(functools.partial(_prefill, read), static_argnames="sampling")
+        self._prefill = jax.jit(
+            functools.partial(_prefill, read, everywhere), static_argnames=("cache", "sampling")
+        )
         following = lora.transform(functools.partial(_following, model.config))
         self._advance = jax.jit(
-            functools.partial(_advance, following),
+            functools.partial(_advance, following, everywhere),
             static_argnames=("count", "sampling"),
             donate_argnames="state",
         )
@@ -163,17 +169,24 @@ class Generator:
             row[: len(prompt)] = prompt
         finished = max(longest, width) + _round_up(sampling.max_new_tokens, STRIDE)
         dtype = self.model.params["embed"]["embedding"].dtype
-        cache = decoding.init_cache(
+        empty = functools.partial(
+            decoding.init_cache,
             self.model.config,
             len(prompts),
             _round_up(finished, CACHE_STEP),
             dtype,
             length=longest + sampling.max_new_tokens - 1,  # the last token is chosen, not read
         )
-        key = jax.random.key(sampling.seed)
-        chosen = _choice(sampling)
+        # Parameters may be spread over several processes, whose programs take nothing that lies on devices of one.
+        key = np.asarray(jax.random.key_data(jax.random.key(sampling.seed)))
         return self._prefill(
-            self.model.params, self.adapters, tokens_BT, lengths, cache, key, sampling=chosen
+            self.model.params,
+            self.adapters,
+            tokens_BT,
+            lengths,
+            key,
+            cache=jax.eval_shape(empty),
+            sampling=_choice(sampling),
         )
 
     def _step(self, state: _Decoding, count: int, sampling: Sampling) -> Any:
@@ -184,6 +197,15 @@ class Generator:
             count=count,
             sampling=_choice(sampling),
         )
+
+
+def _everywhere(params: Any) -> Callable[[jax.Array], jax.Array]:
+    """Puts an array on all devices of the parameters' mesh, where every process can read it."""
+    placed = getattr(params["embed"]["embedding"], "sharding", None)
+    if not isinstance(placed, jax.NamedSharding):
+        return lambda x: x
+    copied = jax.NamedSharding(placed.mesh, jax.P())
+    return lambda x: lax.with_sharding_constraint(x, copied)
 
 
 def _choice(sampling: Sampling) -> Sampling:
@@ -225,22 +247,27 @@ def _following(
 
 def _prefill(
     read: Any,
+    everywhere: Any,
     params: Any,
     adapters: Any,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
-    cache: decoding.Cache,
     key: jax.Array,
     *,
+    cache: decoding.Cache,
     sampling: Sampling,
 ) -> _Decoding:
+    """The prompts read and the first token of each answer chosen; `cache` has the shapes, `key` the key's data."""
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
     logits_BV, cache = read(params, adapters, tokens_BT, lengths_B, cache)
-    key, now = jax.random.split(key)
-    return _Decoding(cache, choose(logits_BV, sampling, key=now), lengths_B, key)
+    key, now = jax.random.split(jax.random.wrap_key_data(key))
+    token_B = everywhere(choose(logits_BV, sampling, key=now))
+    return _Decoding(cache, token_B, lengths_B, key)
 
 
 def _advance(
     following: Any,
+    everywhere: Any,
     params: Any,
     adapters: Any,
     *,
@@ -258,7 +285,7 @@ def _advance(
         return _Decoding(cache, token_B, d.position_B + 1, key), token_B
 
     state, tokens_TB = lax.scan(body, state, length=count)
-    return state, tokens_TB.T
+    return state, everywhere(tokens_TB.T)
 
 
 def choose(logits_BV: jax.Array, sampling: Sampling, *, key: jax.Array) -> jax.Array:

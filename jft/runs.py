@@ -6,6 +6,8 @@
 
 `best/` and `last/` hold an adapter in PEFT's format (or, after full fine-tuning, a model folder) and `jft.json`,
 which says what it belongs to: base model, fingerprint, template. One of them alone is enough to generate.
+
+Of several processes the first writes all of this but the checkpoints, and all see it.
 """
 
 import dataclasses
@@ -17,11 +19,14 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
+from ml_collections import config_dict
 
-from jft import errors, lora, models
+from jft import config as configuration
+from jft import errors, hosts, lora, models, sharding, transfer
 from jft.data import encoding, load, tokenised
 from jft.lora import peft
 from jft.models import export
@@ -50,6 +55,76 @@ class Sidecar:
     training: dict[str, Any]
 
 
+def claim(folder: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) -> None:
+    """Makes the run's folder; an existing one must hold the same run, or moves aside.
+
+    Raises:
+      UserError: it holds another run, can't be made, or is not one folder for all processes.
+    """
+    if hosts.lead():
+        _claim(folder, config, fresh)
+    _check_seen_by_all(folder)
+
+
+def _claim(folder: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) -> None:
+    if fresh and folder.exists():
+        aside = next(
+            p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists()
+        )
+        folder.rename(aside)
+        print(f"the run that was in {folder} is now in {aside}", file=sys.stderr)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UserError(f"run_dir={folder}: {error.strerror}") from error
+    described = folder / "config.json"
+    if not described.exists():
+        return
+    before = read_json(described)["resolved"]
+    changed = {
+        key: values
+        for key, values in configuration.difference(config.to_dict(), before).items()
+        if not key.startswith(configuration.NOT_MATHEMATICS)
+    }
+    if changed:
+        told = "; ".join(f"{key} is {new!r}, was {old!r}" for key, (new, old) in changed.items())
+        raise errors.UserError(
+            f"{folder} holds a run with other settings ({told}): give --config.run_dir=NEW, or --fresh"
+            " to start again there"
+        )
+
+
+def _check_seen_by_all(folder: pathlib.Path) -> None:
+    """Raises UserError where the lead's folder is not there for the others: each would find only its own files."""
+    if not hosts.several():
+        return
+    mark = folder / ".claimed"
+    if hosts.lead():
+        mark.write_text(str(time.time_ns()))
+    hosts.barrier("run_dir is claimed")
+    seen = mark.read_text() if mark.exists() else "no such folder"
+    hosts.agree(f"run_dir={folder} (a mounted bucket or a shared file system is needed)", seen)
+    if hosts.lead():
+        mark.unlink()
+
+
+def describe(
+    folder: pathlib.Path,
+    config: config_dict.ConfigDict,
+    report: dict[str, Any],
+    layout: sharding.Layout | None,
+) -> None:
+    """Writes what a run is before its first step."""
+    changes = configuration.difference(config, configuration.base())
+    resolved = {
+        "resolved": config.to_dict(),
+        "difference": {key: {"here": a, "base": b} for key, (a, b) in changes.items()},
+    }
+    write_json(folder / "config.json", resolved)
+    write_json(folder / "environment.json", environment(layout))
+    write_json(folder / "data_report.json", report)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes the file whole or not at all."""
     part = path.with_name(f".{path.name}.part")
@@ -64,7 +139,7 @@ def read_json(path: pathlib.Path) -> Any:
         raise errors.UserError(f"{path}: cannot be read: {error}") from error
 
 
-def environment() -> dict[str, Any]:
+def environment(layout: sharding.Layout | None) -> dict[str, Any]:
     """Versions, devices and the commit: what a number in this run's folder was computed with."""
     versions = {}
     for package in PACKAGES:
@@ -77,6 +152,9 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [str(device) for device in jax.devices()],
+        "kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        "mesh": {} if layout is None else dict(layout.mesh.shape),
         "packages": versions,
         "git": _commit(),
     }
@@ -96,7 +174,10 @@ def _commit() -> str | None:
 def save_result(
     folder: pathlib.Path, model: models.Model, trainable: Any, sidecar: Sidecar
 ) -> None:
-    """Writes `best/` or `last/`: the weights first, then jft.json."""
+    """Writes `best/` or `last/`: the weights first, then jft.json. Every process calls it."""
+    trainable = transfer.to_lead(trainable)
+    if not hosts.lead():
+        return
     if sidecar.kind == "lora":
         peft.save(
             folder,
@@ -121,7 +202,11 @@ def tokenizer_hashes(tokenizer: Any) -> tuple[str, str]:
 
 
 def open_result(
-    folder: str | pathlib.Path, *, adapter: bool = True, force: bool = False
+    folder: str | pathlib.Path,
+    *,
+    adapter: bool = True,
+    force: bool = False,
+    shardings: Any = None,
 ) -> tuple[models.Model, lora.Adapters, Sidecar]:
     """The model and adapter of a `best/` or `last/` folder.
 
@@ -129,6 +214,7 @@ def open_result(
       folder: holds jft.json.
       adapter: False gives the base alone.
       force: accept a base whose fingerprint differs.
+      shardings: of the model's parameters, see `models.load`.
 
     Raises:
       UserError: it is no such folder, or the base is not the one that it was trained on.
@@ -140,6 +226,7 @@ def open_result(
         str(folder) if own_weights else sidecar.base,
         dtype=sidecar.dtype,
         revision=None if own_weights else sidecar.revision or None,
+        shardings=shardings,
     )
     if not own_weights and model.fingerprint != sidecar.fingerprint and not force:
         raise errors.UserError(

@@ -148,3 +148,22 @@ def chip(name: str) -> Chip:
     if name not in CHIPS:
         raise errors.UserError(f"{name!r} is no chip that is known: {', '.join(CHIPS)}")
     return CHIPS[name]
+
+
+# What JAX calls a device of each chip. Others with a like name (H100 PCIe, H200 NVL) are slower.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+}
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip of a device's `device_kind`; None for one that is not known."""
+    return CHIPS.get(_KINDS.get(device_kind, ""))

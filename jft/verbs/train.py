@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jft train`."""
 
+import argparse
 import sys
+from typing import Any
 
 from jft.verbs import parsing
 
@@ -26,6 +28,15 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry_run", action="store_true", help="print the configuration and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument(
+        "--profile", metavar="START:STOP", default="", help="trace these steps into RUN_DIR/profile"
+    )
+    several = parser.add_argument_group(
+        "several processes", "on clusters that are not recognised; the same in all but --process"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", default="", help="of process 0")
+    several.add_argument("--processes", metavar="N", default="", help="how many there are")
+    several.add_argument("--process", metavar="I", default="", help="which this one is, from 0")
     if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
     config, origins, rest = parsing.read_config(arguments)
@@ -36,12 +47,21 @@ def run(arguments: list[str]) -> int:
         for key, value in configuration.flatten(config).items():
             print(f"{key:<28} {value!r:<64} {origins[key]}")
         return 0
-    from jft import loop, summary
+    from jft import hosts
+
+    with hosts.joined(flags.coordinator, flags.processes, flags.process):
+        return _train(config, flags)
+
+
+def _train(config: Any, flags: argparse.Namespace) -> int:
+    from jft import hosts, loop, summary
 
     try:
-        result = loop.train(config, fresh=flags.fresh)
+        result = loop.train(config, fresh=flags.fresh, profile=flags.profile)
     except loop.Interrupted as stop:
-        print(f"jft: {stop}", file=sys.stderr)
+        if hosts.lead():
+            print(f"jft: {stop}", file=sys.stderr)
         return INTERRUPTED
-    parsing.show(result, summary.render(result), flags.json)
+    if hosts.lead():
+        parsing.show(result, summary.render(result), flags.json)
     return 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import transformers
 
-from jft import config, errors, generate, loop, models
+from jft import config, errors, generate, jobs, models
 from jft.data import encoding, load, tokenising
 
 TOKEN = "<image_soft_token>"
@@ -71,7 +71,7 @@ def test_a_run_is_refused_before_its_first_step(
     c.data.train = write(tmp_path / "train.jsonl", "a", "b", TOKEN)
     c.data.max_length, c.batch_size, c.steps = 64, 2, 2
     with pytest.raises(errors.UserError, match=SAID.format(c.data.train)):
-        loop.prepare(c, tmp_path / "run")
+        jobs.prepare(c, tmp_path / "run")
 
 
 def test_a_prompt_with_such_a_token_is_refused(model: tuple[pathlib.Path, models.Model]) -> None:
