@@ -40,8 +40,8 @@ def attend(
     """Softmax attention of a row, or of a part of its queries, to the keys of its own segments: attended_BTNH.
 
     Query t stands at index `start` + t of the row, key s at s. It sees s where s <= start + t, start + t - s < window, and
-    both are of one segment. What rows of padding give is finite and of no meaning. On one device: under `shard_map`
-    its parts of the batch, of the heads and of the queries.
+    both are of one segment. What rows of padding give is finite and of no meaning. On one device: under `shard_map` (with
+    check_vma=False, as JAX's own kernels want it) its parts of the batch, of the heads and of the queries.
 
     The output, and the log-sum-exp that the backward pass needs beside it, are named "attended" and "attention_lse" for
     policies of `jax.checkpoint`; splash gives both the first name; cuDNN names neither: see `saves`.

@@ -20,9 +20,8 @@ from jft.models.attention import blocks, plain
 LANES = 128  # of a TPU's vectors: lengths are multiples
 BLOCK = 512  # queries and keys of a block at most: what MaxText takes by default, too
 PARTS = 4  # of the keys at most in a fused backward pass
-PART_BYTES = (
-    2**19
-)  # of a part's keys at most: the kernel with all its buffers then fits the 16 MiB of a v4's vector memory
+# Bytes of one part's keys at most: with all buffers of the kernel they then fit the 16 MiB of a v4's vector memory.
+PART_BYTES = 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ def sizes(queries: int, keys: int, H: int, dtype: Any, window: int | None) -> Si
     fused = Sizes(queries, keys, block_q, block_k, part, True)
     if part * max(H, LANES) * jnp.dtype(dtype).itemsize > PART_BYTES:
         return apart
-    return min(fused, apart, key=lambda own: sum(flops(own, 1, 1, 1, window)[1:]))
+    return min(fused, apart, key=lambda own: sum(flops(own, 1, 1, 1, window, None)[1:]))
 
 
 def fits(queries: int, keys: int) -> bool:
@@ -78,6 +77,8 @@ def attend(
     own = sizes(T, k_BSKH.shape[1], H, k_BSKH.dtype, window)
     if isinstance(start, int):
         kernel = _kernel(own, start, 1, N, window, c.attention_softcap, interpret)
+    elif not fits(T, k_BSKH.shape[1]):
+        raise ValueError(f"{T} of {k_BSKH.shape[1]} queries are not a part in whole blocks")
     else:
         kernel = _kernel_of_part(own, start, N, window, c.attention_softcap, interpret)
     q_BNTH = jnp.swapaxes(_fill(plain.scaled(c, q_BTNH), own.queries, 0), 1, 2)
@@ -129,9 +130,8 @@ def _kernel_of_part(own: Sizes, start: jax.Array, N: int, *rest: Any) -> Any:
     return jax.tree.map(part, whole)
 
 
-@functools.lru_cache(
-    maxsize=64
-)  # the tables take seconds for long rows, and layers are traced several times
+# Kept, for the tables of long rows take seconds and a layer is traced several times.
+@functools.lru_cache(maxsize=64)
 def _kernel(
     own: Sizes,
     start: int,

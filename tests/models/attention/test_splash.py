@@ -26,6 +26,12 @@ def test_a_part_whose_start_is_traced(quick_compiles: None) -> None:
     same(cases.Case(128, 256, start=128, window=140, dtype=jnp.float32), traced=True)
 
 
+def test_a_part_that_is_not_of_whole_blocks_is_an_error() -> None:
+    case = cases.Case(100, 200, start=100, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="100 of 200 queries"):
+        same(case, traced=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_heads_and_odd_lengths(kv_heads: int) -> None:
