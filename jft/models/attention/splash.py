@@ -19,7 +19,9 @@ from jft.models.attention import blocks, plain
 
 LANES = 128  # of a TPU's vectors: lengths are multiples
 BLOCK = 512  # queries and keys of a block at most: what MaxText takes by default, too
-PARTS = 4  # of the keys at most in a fused backward pass
+# Of the keys at most in a fused backward pass. Each part takes a copy of the gradient of the queries; at 8,192 tokens 8 parts of
+# 1,024 need 8 % fewer operations than 4 of 2,048.
+PARTS = 8
 # Bytes of one part's keys at most: with all buffers of the kernel they then fit the 16 MiB of a v4's vector memory.
 PART_BYTES = 2**19
 
