@@ -29,6 +29,10 @@ STEPS = 1000  # of a schedule whose length is not known: it changes constants on
 Say = Callable[[str], None]  # told what goes on
 
 
+def quiet(_: str) -> None:
+    """Tells nobody."""
+
+
 class CompilerError(errors.UserError):
     """The compiler refuses a program, for another reason than device memory."""
 
@@ -177,7 +181,7 @@ class Step:
         return self.memory.peak <= share * self.on.chip.hbm_bytes
 
 
-def compile_step(own: Setting, what: str, *, explain: bool = True, say: Say = print) -> Step:
+def compile_step(own: Setting, what: str, *, explain: bool = True, say: Say = quiet) -> Step:
     """Compiles one step of a setting.
 
     Args:
@@ -224,10 +228,14 @@ def _out_of_memory(error: Exception, on: topology.Topology) -> str:
     raise CompilerError(f"the compiler for {on.name}: {line}") from error
 
 
+# Chips to compile for what does not fit, by memory; what the other chips have lies between or beyond.
+_ROOMY = ("v6e", "v5p", "h200")
+
+
 def larger(on: topology.Topology) -> list[topology.Topology]:
     """Topologies of as many devices of chips with more memory, the nearest first."""
     found = []
-    for chip in sorted(chips.CHIPS.values(), key=lambda one: one.hbm_bytes):
+    for chip in map(chips.chip, _ROOMY):
         if chip.platform != on.chip.platform or chip.hbm_bytes <= on.chip.hbm_bytes:
             continue
         each = len(on.devices) // on.slices
@@ -275,7 +283,7 @@ class Result:
 
 
 def compile_setting(
-    own: Setting, *, evaluation: bool = True, explain: bool = True, say: Say = print
+    own: Setting, *, evaluation: bool = True, explain: bool = True, say: Say = quiet
 ) -> Result:
     """Both steps of a setting; see `compile_step`."""
     train = compile_step(own, TRAIN, explain=explain, say=say)

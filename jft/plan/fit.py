@@ -81,7 +81,7 @@ def check(
     """
     size = device_memory(devices) if device_bytes is None else device_bytes
     own = compiled.Setting(config, model, _here(devices, size), length, eval_length, steps)
-    result = compiled.compile_setting(own, explain=True, say=_quiet)
+    result = compiled.compile_setting(own, explain=True, say=compiled.quiet)
     if not result.fits:
         raise errors.UserError(_refusal(result, size))
     built = own.program
@@ -94,10 +94,6 @@ def check(
         peak_bytes=max(peaks),
         device_bytes=size,
     )
-
-
-def _quiet(_: str) -> None:
-    pass
 
 
 def _either(ahead: Any, jitted: Any, length: int) -> Callable[..., Any]:
@@ -164,7 +160,7 @@ def _fields(path: pathlib.Path) -> dict[str, int]:
 def _refusal(result: compiled.Result, size: int) -> str:
     """One line: which step needs how much, the largest things in it, what would help."""
     step = next(one for one in result.steps if not one.fits())
-    found = advice.cheapest(result, say=_quiet)
+    found = advice.cheapest(result, say=compiled.quiet)
     if found is None:
         helps = "no remat policy, micro-batch or mesh of these devices makes it fit: take more devices, or shorter rows (data.max_length)"
     else:

@@ -49,7 +49,7 @@ class Tried:
 
 
 def search(
-    own: compiled.Setting, *, limit: int = LIMIT, say: compiled.Say = print
+    own: compiled.Setting, *, limit: int = LIMIT, say: compiled.Say = compiled.quiet
 ) -> tuple[list[Tried], compiled.Result | None]:
     """(everything tried, the fastest first; the fastest of which evaluation fits too).
 
@@ -163,7 +163,7 @@ def _mesh_changes(own: compiled.Setting) -> Iterator[dict[str, str]]:
 
 
 def smallest(
-    own: compiled.Setting, chip: str, *, say: compiled.Say = print
+    own: compiled.Setting, chip: str, *, say: compiled.Say = compiled.quiet
 ) -> compiled.Result | None:
     """The smallest topology of a chip on which a configuration fits; None if the largest is too small.
 
@@ -183,7 +183,13 @@ def smallest(
 
     def fits(change: changes.Changes) -> bool:
         name = change["topology"]
-        results[name] = compiled.compile_setting(settings[name], explain=False, say=say)
+        train = compiled.compile_step(settings[name], compiled.TRAIN, explain=False, say=say)
+        if not train.fits():
+            return False
+        evaluation = compiled.compile_step(
+            settings[name], compiled.EVALUATE, explain=False, say=say
+        )
+        results[name] = compiled.Result(settings[name], train, evaluation)
         return results[name].fits
 
     found = changes.first_that_fits([{"topology": name} for name in settings], fits)
