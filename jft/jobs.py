@@ -16,7 +16,7 @@ from jft import errors, hosts, lora, measure, models, program, sharding, step, t
 from jft.data import batches, load
 from jft.data import rows as rows_of
 from jft.models import architecture, decoder
-from jft.plan import chips
+from jft.plan import chips, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +132,12 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     hosts.agree("the base model", model.fingerprint)
     hosts.agree("the training data", data.report["fingerprint"])
     hosts.agree("the number of steps", steps)
-    built = program.build(
+    built = fit.check(
         c,
         model.config,
-        layout=layout,
-        backend=jax.default_backend(),
+        jax.devices(),
         length=packed.length,
+        eval_length=_evaluation_width(c, source, data, layout, packed.length),
         steps=steps,
     )
     if c.lora.rank:
@@ -157,6 +157,23 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         trainable=trainable,
         frozen=frozen,
         program=built,
+    )
+
+
+def _evaluation_width(
+    c: config_dict.ConfigDict,
+    source: load.Source,
+    data: load.Data,
+    layout: sharding.Layout | None,
+    length: int,
+) -> int:
+    """Positions of the widest batch of the validation rows, or without them of the test rows; 0 without any."""
+    rows = data.valid if len(data.valid) else data.test_rows
+    if not len(rows):
+        return 0
+    size = c.eval_batch_size or program.choose_micro_batch(c, layout, jax.default_backend(), length)
+    return batches.evaluation_width(
+        rows, batch_size=size, length=source.max_length, packing=source.packing
     )
 
 

@@ -136,15 +136,29 @@ def evaluation(
     rows: rows_of.Rows, *, batch_size: int, length: int, packing: bool = True
 ) -> Iterator[Batch]:
     """Batches in a fixed order, the fullest rows first, that hold each example exactly once, shaped like training's."""
-    _check([rows], length)
-    stream = mixtures.streams([rows], (), length, packing)[0]
-    choice = _widths([stream], batch_size, length, packing)
+    stream, choice = _evaluated(rows, batch_size, length, packing)
     by_length = np.argsort(-stream.lengths.astype(np.int64), kind="stable")
     entries = np.argsort(-stream.sizes, kind="stable")
     for start in range(0, len(entries), batch_size):
         chosen = entries[start : start + batch_size]
         held = [[rows[int(i)] for i in by_length[stream.bins[entry]]] for entry in chosen]
         yield _fill(held, batch_size, int(choice[np.searchsorted(choice, stream.sizes[chosen[0]])]))
+
+
+def evaluation_width(
+    rows: rows_of.Rows, *, batch_size: int, length: int, packing: bool = True
+) -> int:
+    """The largest width of the batches of `evaluation` with the same arguments."""
+    return int(_evaluated(rows, batch_size, length, packing)[1][-1])
+
+
+def _evaluated(
+    rows: rows_of.Rows, batch_size: int, length: int, packing: bool
+) -> tuple[order.Stream, np.ndarray]:
+    """The rows as a stream, and the widths of its batches."""
+    _check([rows], length)
+    stream = mixtures.streams([rows], (), length, packing)[0]
+    return stream, _widths([stream], batch_size, length, packing)
 
 
 def _check(sources: Sequence[rows_of.Rows], length: int) -> None:

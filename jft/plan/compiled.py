@@ -132,7 +132,9 @@ class Memory:
         found = compiled.memory_analysis()
         results = found.output_size_in_bytes - found.alias_size_in_bytes
         peak = found.peak_memory_in_bytes
-        if platform == "cpu":  # whose peak leaves the temporaries out
+        # The peak of CPU programs leaves temporaries out, and with arrays that wait in the host's memory it counts those too:
+        # what lies on the device is then at most this.
+        if platform == "cpu" or found.host_temp_size_in_bytes:
             peak = found.argument_size_in_bytes + results + found.temp_size_in_bytes
         return cls(
             arguments=found.argument_size_in_bytes,
@@ -285,8 +287,17 @@ class Result:
 def compile_setting(
     own: Setting, *, evaluation: bool = True, explain: bool = True, say: Say = quiet
 ) -> Result:
-    """Both steps of a setting; see `compile_step`."""
-    train = compile_step(own, TRAIN, explain=explain, say=say)
+    """Both steps of a setting; see `compile_step`. With remat "auto": by the first policy with which training fits."""
+    *others, last = program.policies(own.config, BACKENDS[own.on.chip.platform])
+    for policy in others:
+        with_policy = own.changed({"remat": policy})
+        train = compile_step(with_policy, TRAIN, explain=False, say=say)
+        if train.fits():
+            break
+    else:
+        with_policy = own if own.config.remat == last else own.changed({"remat": last})
+        train = compile_step(with_policy, TRAIN, explain=explain, say=say)
+    own = with_policy
     evaluated = compile_step(own, EVALUATE, explain=explain, say=say) if evaluation else None
     return Result(own, train, evaluated)
 

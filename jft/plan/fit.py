@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Before training starts: the steps compiled for the devices that are here, and refused if their memory is too small.
 
-ready = fit.check(config, model.config, jax.devices(), length=packed.length, eval_length=..., steps=steps)
-state, metrics = ready.train_step(state, frozen, batch)
+built = fit.check(config, model.config, jax.devices(), length=packed.length, eval_length=..., steps=steps)
+state, metrics = built.train_step(state, frozen, batch)
 """
 
 import dataclasses
@@ -19,39 +19,11 @@ from jft.models import architecture
 from jft.plan import advice, buffers, chips, compiled, topology
 
 NAMED = 3  # buffers that the message names
-# What JAX calls a device that `chips` knows.
-_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "tpu7x",
-}
 # Where a container's limit stands: control groups of version 2 and of version 1.
 _GROUPS = (
     (pathlib.Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (pathlib.Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Ready:
-    """A run's programs, compiled for its longest rows.
-
-    Attributes:
-      program: see `program.build`.
-      train_step: as `program.train_step`; rows of another length are compiled when they come, and take less memory.
-      eval_step: as `program.eval_step`, likewise.
-      peak_bytes: what the larger of the two takes on a device.
-      device_bytes: what there is.
-    """
-
-    program: program.Program
-    train_step: Callable[..., Any]
-    eval_step: Callable[..., Any]
-    peak_bytes: int
-    device_bytes: int
 
 
 def check(
@@ -63,7 +35,7 @@ def check(
     eval_length: int,
     steps: int,
     device_bytes: int | None = None,
-) -> Ready:
+) -> program.Program:
     """Compiles the training and the evaluation step.
 
     Args:
@@ -71,9 +43,13 @@ def check(
       model: its architecture.
       devices: all of the run.
       length: positions of the longest rows of training.
-      eval_length: of evaluation.
+      eval_length: of evaluation; 0 where nothing is evaluated.
       steps: of the run.
       device_bytes: memory of each device; None asks it.
+
+    Returns:
+      The program, whose steps are compiled for these lengths; batches of another one are compiled when they come, and take
+      less memory.
 
     Raises:
       UserError: settings that don't fit each other; or a step that does not fit a device, with the largest things in it and
@@ -81,19 +57,15 @@ def check(
     """
     size = device_memory(devices) if device_bytes is None else device_bytes
     own = compiled.Setting(config, model, _here(devices, size), length, eval_length, steps)
-    result = compiled.compile_setting(own, explain=True, say=compiled.quiet)
+    result = compiled.compile_setting(own, evaluation=eval_length > 0, say=compiled.quiet)
     if not result.fits:
         raise errors.UserError(_refusal(result, size))
-    built = own.program
-    peaks = [step.memory.peak for step in result.steps if step.memory]
-    assert result.evaluation
-    return Ready(
-        program=built,
-        train_step=_either(result.train.compiled, built.train_step, length),
-        eval_step=_either(result.evaluation.compiled, built.eval_step, eval_length),
-        peak_bytes=max(peaks),
-        device_bytes=size,
-    )
+    built = result.setting.program
+    evaluate = built.eval_step
+    if result.evaluation is not None:
+        evaluate = _either(result.evaluation.compiled, evaluate, eval_length)
+    train = _either(result.train.compiled, built.train_step, length)
+    return dataclasses.replace(built, train_step=train, eval_step=evaluate)
 
 
 def _either(ahead: Any, jitted: Any, length: int) -> Callable[..., Any]:
@@ -110,7 +82,7 @@ def _here(devices: Sequence[Any], size: int) -> topology.Topology:
     """The devices at hand, as a topology. Of a chip that is not in the table only the memory is true: nothing is timed."""
     first = devices[0]
     platform = {"gpu": "cuda"}.get(first.platform, first.platform)
-    known = chips.CHIPS.get(_KINDS.get(first.device_kind, ""), chips.CHIPS["h100"])
+    known = chips.of_kind(first.device_kind) or chips.CHIPS["h100"]
     chip = dataclasses.replace(known, platform=platform, hbm_bytes=size)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     return topology.Topology("this machine", chip, slices, (len(devices),), tuple(devices))
