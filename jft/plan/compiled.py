@@ -131,11 +131,9 @@ class Memory:
     def of(cls, compiled: jax.stages.Compiled, platform: str) -> "Memory":
         found = compiled.memory_analysis()
         results = found.output_size_in_bytes - found.alias_size_in_bytes
-        peak = found.peak_memory_in_bytes
-        # The peak of CPU programs leaves temporaries out, and with arrays that wait in the host's memory it counts those too:
-        # what lies on the device is then at most this.
-        if platform == "cpu" or found.host_temp_size_in_bytes:
-            peak = found.argument_size_in_bytes + results + found.temp_size_in_bytes
+        most = found.argument_size_in_bytes + results + found.temp_size_in_bytes
+        # The peak of CPU programs leaves temporaries out; with arrays that wait in the host's memory it may count those too.
+        peak = most if platform == "cpu" else min(most, found.peak_memory_in_bytes)
         return cls(
             arguments=found.argument_size_in_bytes,
             temporaries=found.temp_size_in_bytes,

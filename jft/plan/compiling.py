@@ -71,10 +71,10 @@ def _reported(executable: Any) -> Memory:
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     host = stats.host_temp_size_in_bytes
     peak = stats.peak_memory_in_bytes
+    most = arguments + temporaries + results
     # On CPU the reported peak leaves temporaries out (tables of tuples are small); with arrays that wait in the host's memory
-    # it counts those too. What lies on the device is then at most:
-    if host or peak <= arguments + results + 4096:
-        peak = arguments + temporaries + results
+    # it may count those too.
+    peak = most if peak <= arguments + results + 4096 else min(peak, most)
     return Memory(peak, arguments, temporaries, host)
 
 
