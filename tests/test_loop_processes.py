@@ -116,7 +116,7 @@ def test_a_killed_process_ends_the_other_and_the_relaunch_finishes(
     run_dir = tmp_path / "run"
     done = launch(file, run_dir, when="1:4:SIGKILL", retries=1)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\[0\] jft: process 1 on .* has gone without a word", done.stdout)
+    assert re.search(r"jft: process 1 on .* has gone without a word", done.stdout), done.stdout
     assert "launch: process 1 was killed by SIGKILL; the others were ended" in done.stderr
     assert "[0] resuming after step 2 of 6" in done.stdout and "[1] resuming" not in done.stdout
     check_alike(run_dir, alone)
