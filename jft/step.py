@@ -196,12 +196,12 @@ def train_step(
     *,
     accumulate: int = 1,
     dropout_key: jax.Array | None = None,
-    shardings: State | None = None,
+    shardings: Any = None,
 ) -> Any:
     """The jitted update: (state, frozen, batch [B, T]) -> (state, metrics). The state is donated.
 
     With a `dropout_key`, each step and micro-batch has a key of its own, the same in a resumed run. `shardings` are those of
-    the state on a mesh.
+    the state on a mesh, a `State` of them.
     Metrics: `loss` in nats per trained token, `grad_norm` before clipping, `tokens` trained, `positions` that hold a token.
     """
 
