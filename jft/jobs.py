@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from jft import errors, hosts, lora, measure, models, program, sharding, step, transfer, tree
+from jft import errors, hosts, lora, measure, models, plan, program, sharding, step, transfer, tree
 from jft.data import batches, load
 from jft.data import rows as rows_of
-from jft.models import architecture, decoder
+from jft.models import architecture, decoder, families
 from jft.plan import chips, fit
 
 
@@ -103,7 +103,9 @@ def matmul_parameters(model: architecture.Config) -> int:
 
 
 def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
-    """Loads the model and the data, and builds the step; nothing is written.
+    """Reads the data, builds the programs and loads the model; nothing is written.
+
+    The weights come last, for what else can be wrong is found sooner without them.
 
     Raises:
       UserError: something can't be used, or several processes do not have the same.
@@ -111,37 +113,35 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     c = config
     models.check_dtype(c.model.dtype)
     layout = make_layout(c, jax.devices())
-    model = models.load(
-        c.model.path,
-        dtype=program.stored_dtype(c),
-        revision=c.model.revision or None,
-        shardings=_weights(layout),
-    )
-    load.use_template(model.tokenizer, c.data.chat_template)
+    revision = c.model.revision or None
+    tokenizer = models.load_tokenizer(c.model.path, revision)
+    arch = plan.read_config(c.model.path, revision)
+    load.use_template(tokenizer, c.data.chat_template)
     source = load.Source(**{**c.data, "columns": dict(c.data.columns)})
-    data = load.load(source, model.tokenizer, seed=c.seed, vocab_size=model.config.vocab_size)
-    if source.max_length > model.config.max_length:
+    if source.max_length > arch.max_length:
         raise errors.UserError(
-            f"data.max_length={source.max_length}: the model has {model.config.max_length} positions"
+            f"data.max_length={source.max_length}: the model has {arch.max_length} positions"
         )
+    data = load.load(source, tokenizer, seed=c.seed, vocab_size=arch.vocab_size)
     packed = _batches(c, source, data, layout)
     steps = c.steps or packed.total_steps(c.epochs)
     if steps < 1:
         raise errors.UserError(f"steps={c.steps}, epochs={c.epochs}: nothing to do")
     # Before anything is computed together: programs that differ would wait for each other for ever.
-    hosts.agree("the base model", model.fingerprint)
     hosts.agree("the training data", data.report["fingerprint"])
     hosts.agree("the number of steps", steps)
-    built = fit.check(
-        c,
-        model.config,
-        jax.devices(),
-        length=packed.length,
-        eval_length=_evaluation_width(c, source, data, layout, packed.length),
-        steps=steps,
+    eval_length = _evaluation_width(c, source, data, layout, packed.length)
+    built = _programs(c, arch, packed.length, eval_length, steps)
+    model = models.load(
+        c.model.path,
+        dtype=program.stored_dtype(c),
+        revision=revision,
+        shardings=_weights(layout),
     )
+    hosts.agree("the base model", model.fingerprint)
+    model = dataclasses.replace(model, tokenizer=tokenizer)
     if c.lora.rank:
-        trainable, frozen = _adapters(c, model, built), model.params
+        trainable, frozen = _adapters(c, model.params, built), model.params
     else:
         # A loaded array may be a view of numpy's memory, which a step that is given it can't write to: it would be
         # there twice (4.99 GB instead of 4.53 for SmolLM2-135M on a CPU).
@@ -177,6 +177,24 @@ def _evaluation_width(
     )
 
 
+def _programs(
+    c: config_dict.ConfigDict,
+    model: architecture.Config,
+    length: int,
+    eval_length: int,
+    steps: int,
+) -> program.Program:
+    """The training and the evaluation step; no weights are there yet, so what does not fit can be refused here."""
+    if c.lora.rank:
+        adapters, _ = program.split(c, program.shapes(c, model))
+        lora.peft.check_writable(adapters, families.modules(model))
+        if c.lora.dropout and "head/kernel" in adapters:
+            raise errors.UserError(
+                f"lora.dropout={c.lora.dropout} with an adapter of head/kernel: take it out of lora.targets"
+            )
+    return fit.check(c, model, jax.devices(), length=length, eval_length=eval_length, steps=steps)
+
+
 def make_layout(c: config_dict.ConfigDict, devices: Sequence[Any]) -> sharding.Layout | None:
     """Of the mesh that `mesh.*` asks for; None on one device."""
     sizes = sharding.Sizes(**c.mesh)
@@ -206,17 +224,10 @@ def _batches(
     )
 
 
-def _adapters(
-    c: config_dict.ConfigDict, model: models.Model, built: program.Program
-) -> lora.Adapters:
+def _adapters(c: config_dict.ConfigDict, params: Any, built: program.Program) -> lora.Adapters:
     """Fresh adapters, where their program wants them."""
-    lora.peft.check_writable(built.state.trainable, model.module_names)
-    if c.lora.dropout and "head/kernel" in built.state.trainable:
-        raise errors.UserError(
-            f"lora.dropout={c.lora.dropout} with an adapter of head/kernel: take it out of lora.targets"
-        )
     make = functools.partial(program.init_adapters, c)
     if built.layout is None:
-        return make(model.params)
+        return make(params)
     placed = jax.tree.map(lambda x: x.sharding, built.state.trainable)
-    return jax.jit(make, out_shardings=placed)(model.params)
+    return jax.jit(make, out_shardings=placed)(params)

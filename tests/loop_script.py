@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jft` for tests/test_loop_processes.py: `python loop_script.py PROCESS:STEP:SIGNAL:MARK train --config=...`.
 
-That process gets that signal when it makes that step's batch, once: the file MARK says that it was.
+That process gets that signal when it makes that step's batch, once: the file MARK says that it was. Results come to process 0
+in small pieces, of which the last of a leaf is not full.
 """
 
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from jft import cli, jobs
+from jft import cli, jobs, transfer
 
 
 def main(when: str, *arguments: str) -> int:
@@ -25,7 +26,7 @@ def main(when: str, *arguments: str) -> int:
             os.kill(os.getpid(), getattr(signal, name))
         return make(job, number)
 
-    jobs.Job.batch = batch
+    jobs.Job.batch, transfer.PIECE_BYTES = batch, 1280
     return cli.main(arguments)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs of a tiny model: what they leave behind, stopping and going on, talking to the result, bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from jft import cli, config, loop, runs, step
+from jft import cli, config, jobs, loop, runs, step
+from jft.models import architecture
 
 COLORS = ["red", "green", "blue", "one", "two", "three"]
 
@@ -75,11 +77,16 @@ def test_a_run_leaves_what_explains_it(
     tiny_model: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run_dir = tmp_path / "run"
-    result = loop.train(settings(tiny_model, data, run_dir))
+    result = loop.train(settings(tiny_model, data, run_dir), profile="3:4")
     names = {path.name for path in run_dir.iterdir()}
     files = {"config", "environment", "data_report", "summary"}
     assert {f"{name}.json" for name in files} <= names
     assert {"metrics.jsonl", "samples.jsonl", "best", "last", "checkpoints"} <= names
+    assert list((run_dir / "profile").rglob("*.xplane.pb"))
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = {"step_seconds", "tokens_per_second", "tokens_per_second_per_device"}
+    assert all(timed <= record.keys() for record in steps if "loss" in record)
+    assert timed <= result["speed"].keys() and "mfu" not in result["speed"]  # no known chip
     assert result["tuned"]["loss"] < result["base"]["loss"]
     assert [number for number, _ in losses_of(run_dir)] == [1, 2, 3, 4, 5, 6]
     # The score reported is that of the checkpoint kept: validation and test set are the same rows here.
@@ -95,6 +102,26 @@ def test_a_run_leaves_what_explains_it(
             *("mlp/gate", "mlp/up", "mlp/down"),
         )
     }
+
+
+def test_what_a_token_is_multiplied_with() -> None:
+    """Of which parameters utilisation is counted: by hand, for one layer and a tied or untied embedding, and experts."""
+    c = architecture.Config(
+        vocab_size=10,
+        d_model=4,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=2,
+        d_ff=8,
+        max_length=16,
+    )
+    norms, attention, mlp, head = 3 * 4, 4 * (4 + 2 + 2) + 4 * 4, 3 * 4 * 8, 4 * 10
+    assert jobs.matmul_parameters(c) == norms + attention + mlp + head
+    tied = dataclasses.replace(c, tie_embeddings=True)
+    assert jobs.matmul_parameters(tied) == norms + attention + mlp + head
+    mixed = dataclasses.replace(c, experts=architecture.Experts(count=4, top_k=2))
+    assert jobs.matmul_parameters(mixed) == norms + attention + 4 * 4 + 2 * mlp + head
 
 
 def test_stopped_and_resumed_is_uninterrupted(
@@ -230,7 +257,7 @@ def test_bad_settings_are_named(
     empty.mkdir()
     (empty / "config.json").write_text((tiny_model / "config.json").read_text())
     told = run_cli(capsys, config_file, f"--config.model.path={empty}")
-    assert str(empty) in told and "safetensors" in told
+    assert str(empty) in told and "no tokenizer.json" in told
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    x = {}\n    return x['a']\n")
     assert "line 3" in run_cli(capsys, f"--config={broken}")

@@ -26,7 +26,7 @@ def get_config():
     c.data.max_length, c.batch_size, c.steps, c.lora.rank = 64, 4, 6, 4
     # Gradients that are zero but for rounding stay small beside eps.
     c.optim.learning_rate, c.optim.eps = 3e-3, 1e-4
-    c.validate.every_steps, c.validate.samples, c.validate.max_new_tokens = 3, 2, 4
+    c.validate.every_steps, c.validate.samples, c.validate.max_new_tokens = 3, 0, 4
     c.checkpoint.every_steps = 2
     return c
 """
@@ -113,8 +113,8 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(
 def test_a_killed_process_ends_the_other_and_the_relaunch_finishes(
     file: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    run_dir = tmp_path / "run"
-    done = launch(file, run_dir, when="1:4:SIGKILL", retries=1)
+    run_dir, answers = tmp_path / "run", "--config.validate.samples=2"
+    done = launch(file, run_dir, answers, when="1:4:SIGKILL", retries=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"jft: process 1 on .* has gone without a word", done.stdout), done.stdout
     assert "launch: process 1 was killed by SIGKILL; the others were ended" in done.stderr
