@@ -43,14 +43,15 @@ class Ready:
       program: see `program.build`.
       train_step: as `program.train_step`; rows of another length are compiled when they come, and take less memory.
       eval_step: as `program.eval_step`, likewise.
-      peak_bytes: what the larger of the two takes on a device.
+      train_bytes, eval_bytes: what they take on a device at their peaks.
       device_bytes: what there is.
     """
 
     program: program.Program
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
-    peak_bytes: int
+    train_bytes: int
+    eval_bytes: int
     device_bytes: int
 
 
@@ -84,14 +85,14 @@ def check(
     result = compiled.compile_setting(own, explain=True, say=compiled.quiet)
     if not result.fits:
         raise errors.UserError(_refusal(result, size))
-    built = own.program
-    peaks = [step.memory.peak for step in result.steps if step.memory]
-    assert result.evaluation
+    built, evaluation = own.program, result.evaluation
+    assert result.train.memory and evaluation and evaluation.memory  # they fit
     return Ready(
         program=built,
         train_step=_either(result.train.compiled, built.train_step, length),
-        eval_step=_either(result.evaluation.compiled, built.eval_step, eval_length),
-        peak_bytes=max(peaks),
+        eval_step=_either(evaluation.compiled, built.eval_step, eval_length),
+        train_bytes=result.train.memory.peak,
+        eval_bytes=evaluation.memory.peak,
         device_bytes=size,
     )
 
@@ -173,4 +174,4 @@ def _needs(step: compiled.Step, size: int, model: architecture.Config) -> str:
     if step.memory is None or step.analysis is None:
         return f"{step.refused} ({there})"
     named = buffers.largest(step.analysis.peak, model, NAMED)
-    return f"it takes {buffers.gigabytes(step.memory.peak)} {there}; largest: {', '.join(map(str, named))}"
+    return f"it takes {buffers.gigabytes(step.memory.peak)} {there}; largest: {'; '.join(map(str, named))}"
