@@ -199,7 +199,7 @@ def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[s
 
 def by_kind_and_axes(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], float]:
     """Bytes that a device sends in a step."""
-    totals: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
+    totals: dict[tuple[str, tuple[str, ...]], float] = collections.defaultdict(float)
     for own in collectives:
         totals[own.kind, own.axes] += own.total
     return dict(totals)
@@ -207,7 +207,7 @@ def by_kind_and_axes(collectives: Iterable[Collective]) -> dict[tuple[str, tuple
 
 def gathered(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[int, ...]], float]:
     """Arrays that all-gathers form, as (dtype, shape), and how often in a step."""
-    totals: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
+    totals: dict[tuple[str, tuple[int, ...]], float] = collections.defaultdict(float)
     for own in collectives:
         if own.kind == "all-gather":
             for array in own.shapes:

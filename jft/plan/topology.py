@@ -105,9 +105,14 @@ def _tpus(chip: chips.Chip, sizes: tuple[int, ...], slices: int) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise errors.UserError(f"compiling for {chip.name} needs libtpu: pip install 'jft[tpu]'")
     # Before libtpu loads: it asks a metadata server that only a Cloud machine has, and takes a lock for a chip that is
-    # not used here, which a second process would fail on.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # not used here, which a second process would fail on. The last two only keep it from complaining at length.
+    for key, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+    ):
+        os.environ.setdefault(key, value)
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}
@@ -125,6 +130,8 @@ def _tpus(chip: chips.Chip, sizes: tuple[int, ...], slices: int) -> list[Any]:
 
 
 def _gpus(chip: chips.Chip, count: int, nodes: int) -> list[Any]:
+    # The plugin would else look for a driver and for libraries that only running needs, and not load.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental import topologies
 
     try:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -64,9 +65,9 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jft.plan import hlo, topology
+from jft.plan import compiling, hlo, topology
 
-L, D, B = 8, 2048, 65536
+L, D, B = 8, 512, 131072
 on = topology.parse("v5e:2x2")
 mesh = Mesh(np.array(on.devices), ("fsdp",))
 def shaped(shape, *spec):
@@ -77,16 +78,21 @@ def loss(w, x):
     return lax.scan(jax.checkpoint(layer), x, w)[0].astype(jnp.float32).sum()
 def step(w, x):
     return w - jax.grad(loss)(w, x)
+def lowered(w, x):
+    return jax.jit(step, donate_argnums=0).lower(w, x)
 arguments = shaped((L, D, D), None, "fsdp"), shaped((B, D), "fsdp")
-lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
-program = lowered.compile(compiler_options=on.compiler_options)
-found = hlo.analyse(program.as_text(), mesh.shape)
+program = compiling.compile_program(lowered(*arguments), on.compiler_options)
+found = hlo.analyse(program.text, mesh.shape)
+mesh = Mesh(np.array(topology.parse("v5e:1x1").devices), ("fsdp",))
+large = compiling.compile_program(lowered(shaped((L, D, D)), shaped((32 * B, D))))
 print(json.dumps({
     "flops": found.flops.total,
     "wanted": 4 * L * 2 * (B // 4) * D * D,
     "findings": found.findings(),
     "peak": found.peak.bytes,
-    "truth": program.memory_analysis().peak_memory_in_bytes,
+    "truth": program.memory.peak,
+    "refusal": program.refusal,
+    "large": [large.memory.peak, large.refusal, hlo.analyse(large.text, mesh.shape).peak.buffers[0].shape],
     "axes": sorted({own.axes for own in found.collectives}),
     "largest": [found.peak.buffers[0].what, found.peak.buffers[0].shape],
     "gathered": sum(own.total for own in found.collectives if own.kind == "all-gather"),
@@ -115,10 +121,15 @@ def test_a_program_for_tpu_by_hand_and_against_its_compiler() -> None:
     # Forward, again, and two gradients; each layer's weights are gathered twice, three quarters of them from others.
     assert found["flops"] == found["wanted"]
     assert not found["findings"]
-    assert found["gathered"] == 2 * 8 * 2048 * 2048 * 2 * 3 / 4
+    assert found["gathered"] == 2 * 8 * 512 * 512 * 2 * 3 / 4
     assert found["axes"] == [["fsdp"]]
     # The compiler counts the chip's fast memory in where temporaries do not outgrow it (128 MiB); here they do.
     assert found["peak"] == pytest.approx(found["truth"], rel=0.02)
-    kept = "bf16[8,16384,2048]"  # the layers' inputs, for the backward pass
+    kept = "bf16[8,32768,512]"  # the layers' inputs, for the backward pass
     assert found["largest"] == ["temporary", kept]
+    # One that does not fit is taken apart all the same: the compiler's line has the total alone, in GiB.
+    peak, refusal, largest = found["large"]
+    total = float(re.search(r"HLO temporaries \(([\d.]+)G\)", refusal)[1]) * chips.GIB
+    assert not found["refusal"] and largest == "bf16[8,4194304,512]"
+    assert peak == pytest.approx(total, rel=0.02)
     assert found["several"] == [[8, 8], [4, 4], [8, 4], [1, 1]]
