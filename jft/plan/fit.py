@@ -89,8 +89,8 @@ def check(
     assert result.train.memory and evaluation and evaluation.memory  # they fit
     return Ready(
         program=built,
-        train_step=_either(result.train.compiled, built.train_step, length),
-        eval_step=_either(evaluation.compiled, built.eval_step, eval_length),
+        train_step=_either(result.train.program.executable, built.train_step, length),
+        eval_step=_either(evaluation.program.executable, built.eval_step, eval_length),
         train_bytes=result.train.memory.peak,
         eval_bytes=evaluation.memory.peak,
         device_bytes=size,
@@ -172,6 +172,6 @@ def _refusal(result: compiled.Result, size: int) -> str:
 def _needs(step: compiled.Step, size: int, model: architecture.Config) -> str:
     there = f"of {buffers.gigabytes(size)} there are"
     if step.memory is None or step.analysis is None:
-        return f"{step.refused} ({there})"
+        return f"{step.program.refusal} ({there})"
     named = buffers.largest(step.analysis.peak, model, NAMED)
     return f"it takes {buffers.gigabytes(step.memory.peak)} {there}; largest: {'; '.join(map(str, named))}"
