@@ -41,6 +41,7 @@ class Program:
       micro_batch: rows of a forward pass.
       eval_batch: rows of an evaluation step.
       length: positions of a row.
+      train_bytes, eval_bytes: what the steps take on a device at their peaks; 0 where they are not compiled yet.
     """
 
     layout: sharding.Layout | None
@@ -53,6 +54,8 @@ class Program:
     micro_batch: int
     eval_batch: int
     length: int
+    train_bytes: int = 0
+    eval_bytes: int = 0
 
     def batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of so many rows."""

@@ -95,7 +95,7 @@ def compile_row(run: Run) -> dict[str, Any]:
     own = compiled.setting(c, families.preset(run.model), on)
     if run.formed:
         form(own)
-    step = compiled.compile_step(own, compiled.TRAIN, explain=True, say=print_progress)
+    step = compiled.compile_step(own, compiled.TRAIN, say=print_progress)
     result = compiled.Result(own, step, None)
     memory, analysis = step.memory, step.analysis
     assert memory is not None and analysis is not None
@@ -111,7 +111,7 @@ def compile_row(run: Run) -> dict[str, Any]:
         "fits": step.fits(),
         "peak_bytes": memory.peak,
         "argument_bytes": memory.arguments,
-        "host_bytes": memory.host,
+        "host_bytes": step.host_bytes,
         "flops": analysis.flops.total,
         "ideal_flops": result.ideal_flops,
         "uncounted": list(analysis.flops.uncounted),

@@ -23,7 +23,9 @@ def cheapest(result: compiled.Result, *, say: compiled.Say) -> compiled.Setting 
 def _train(own: compiled.Setting, say: compiled.Say) -> compiled.Setting | None:
     built = own.program
     rows = 1 if built.layout is None else built.layout.rows
-    chain = changes.chain(own.config, rows, built.micro_batch)
+    chain = changes.chain(
+        own.config, rows, built.micro_batch, offload=own.on.chip.platform != "cpu"
+    )
 
     def fits(change: changes.Changes) -> bool:
         told = " ".join(f"{key}={text}" for key, text in change.items())

@@ -32,8 +32,8 @@ class Named:
     count: int = 1
 
     def __str__(self) -> str:
-        many = f"{self.count} x " if self.count > 1 else ""
-        return f"{self.name} {many}{self.shape} {gigabytes(self.bytes)}"
+        many = f"{self.count} of " if self.count > 1 else ""
+        return f"{self.name}, {many}{self.shape}: {gigabytes(self.bytes)}"
 
 
 def gigabytes(count: float) -> str:

@@ -18,7 +18,9 @@ _DEAR = ("attention", "full", "offload")
 Changes = Mapping[str, str]
 
 
-def chain(config: config_dict.ConfigDict, rows: int, micro_batch: int) -> list[dict[str, str]]:
+def chain(
+    config: config_dict.ConfigDict, rows: int, micro_batch: int, *, offload: bool
+) -> list[dict[str, str]]:
     """Changes of a training step, each with those before it.
 
     First the policy that costs next to nothing; then fewer rows at a time, which gathers weights more often; then the
@@ -28,11 +30,16 @@ def chain(config: config_dict.ConfigDict, rows: int, micro_batch: int) -> list[d
       config: as it is.
       rows: over how many devices the rows of a batch are split.
       micro_batch: rows of a forward pass now.
+      offload: whether the host has a memory of its own.
     """
     now = POLICIES.index(config.remat)
     steps: list[dict[str, str]] = [{"remat": "products"}] if config.remat == "none" else []
     steps += [{"micro_batch": str(size)} for size in _halves(config.batch_size, rows, micro_batch)]
-    steps += [{"remat": policy} for policy in _DEAR if POLICIES.index(policy) > now]
+    steps += [
+        {"remat": policy}
+        for policy in _DEAR
+        if POLICIES.index(policy) > now and (offload or policy != "offload")
+    ]
     found, before = [], {}
     for step in steps:
         before = before | step

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the training and the evaluation step of one setting for a topology, and measures what came out.
 
-The programs are those that `jft train` runs (`jft.program`), from shapes alone. What a device's memory cannot hold the
-compiler refuses with one line and no breakdown; the same program is then compiled for a chip with more memory, to tell what
-it would take.
+The programs are those that `jft train` runs (`jft.program`), from shapes alone.
 """
 
 import dataclasses
@@ -20,7 +18,7 @@ from ml_collections import config_dict
 from jft import config as configuration
 from jft import errors, models, program, sharding, tree
 from jft.models import architecture, decoder
-from jft.plan import chips, hlo, roofline, topology
+from jft.plan import compiling, hlo, roofline, topology
 
 TRAIN, EVALUATE = "training", "evaluation"
 BACKENDS = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
@@ -118,67 +116,32 @@ def setting(
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, by the compiler's own account."""
-
-    arguments: int
-    temporaries: int
-    results: int  # that take no argument's place
-    peak: int
-    host: int  # in the host's memory: what was moved away to wait there
-
-    @classmethod
-    def of(cls, compiled: jax.stages.Compiled, platform: str) -> "Memory":
-        found = compiled.memory_analysis()
-        results = found.output_size_in_bytes - found.alias_size_in_bytes
-        most = found.argument_size_in_bytes + results + found.temp_size_in_bytes
-        # The peak of CPU programs leaves temporaries out; with arrays that wait in the host's memory it may count those too.
-        peak = most if platform == "cpu" else min(most, found.peak_memory_in_bytes)
-        return cls(
-            arguments=found.argument_size_in_bytes,
-            temporaries=found.temp_size_in_bytes,
-            results=results,
-            peak=peak,
-            host=found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Step:
-    """One compiled program.
-
-    Attributes:
-      on: what it was compiled for.
-      mesh: sizes of its axes.
-      refused: the compiler's line where the program did not fit; the rest then tells of the same program on `on`.
-      compiled: None where it was not asked for, or nothing is large enough.
-    """
+    """One compiled program, or one that the compiler refused for want of device memory."""
 
     what: str  # TRAIN, EVALUATE
-    on: topology.Topology
+    hbm_bytes: int  # that a device has
     mesh: Mapping[str, int]
-    compiled: jax.stages.Compiled | None
+    program: compiling.Program
     seconds: float  # that tracing and compiling took
-    refused: str = ""
 
-    @functools.cached_property
-    def memory(self) -> Memory | None:
-        return self.compiled and Memory.of(self.compiled, self.on.chip.platform)
+    @property
+    def memory(self) -> compiling.Memory | None:
+        """By the compiler's account; of a refused program counted from its text, and None if that was not asked for."""
+        return self.program.memory if self.program.text else None
 
-    @functools.cached_property
-    def text(self) -> str:
-        """The optimised program."""
-        return self.compiled.as_text() or "" if self.compiled else ""
+    @property
+    def host_bytes(self) -> int:
+        """In the host's memory: what was moved away to wait there."""
+        return self.program.memory.host
 
     @functools.cached_property
     def analysis(self) -> hlo.Analysis | None:
-        return hlo.analyse(self.text, self.mesh) if self.compiled else None
+        return hlo.analyse(self.program.text, self.mesh) if self.program.text else None
 
     def fits(self, share: float = 1.0) -> bool:
         """Within so much of the memory there is."""
-        if self.refused or self.memory is None:
-            return False
-        return self.memory.peak <= share * self.on.chip.hbm_bytes
+        return not self.program.refusal and self.program.memory.peak <= share * self.hbm_bytes
 
 
 def compile_step(own: Setting, what: str, *, explain: bool = True, say: Say = quiet) -> Step:
@@ -187,26 +150,14 @@ def compile_step(own: Setting, what: str, *, explain: bool = True, say: Say = qu
     Args:
       own: the setting.
       what: TRAIN or EVALUATE.
-      explain: whether a program that does not fit is compiled again for a chip with more memory.
+      explain: whether to find out what a program that does not fit would take.
       say: is told what goes on.
 
     Raises:
       UserError: settings that don't fit each other, the model or the mesh; or the compiler refuses.
     """
-    refused, spent = "", 0.0
-    for on in (own.on, *(larger(own.on) if explain else ())):
-        say(f"compiling the {what} step for {on.name}")
-        began = time.perf_counter()
-        compiled, mesh, line = _attempt(own.placed(on), what)
-        spent += time.perf_counter() - began
-        refused = refused or line
-        if compiled is not None:
-            return Step(what, on, mesh, compiled, spent, refused)
-    return Step(what, own.on, {}, None, spent, refused)
-
-
-def _attempt(own: Setting, what: str) -> tuple[jax.stages.Compiled | None, Mapping[str, int], str]:
-    """(the program, its mesh, the line that tells of too little memory)."""
+    say(f"compiling the {what} step for {own.on.name}")
+    began = time.perf_counter()
     built = own.program
     mesh = dict.fromkeys(sharding.AXES, 1) if built.layout is None else built.layout.mesh.shape
     device = own.on.devices[0] if built.layout is None else None
@@ -215,36 +166,17 @@ def _attempt(own: Setting, what: str) -> tuple[jax.stages.Compiled | None, Mappi
     else:
         lowered = built.lower_train(device)
     try:
-        return lowered.compile(compiler_options=own.on.compiler_options or None), mesh, ""
+        found = compiling.compile_program(lowered, own.on.compiler_options, explain=explain)
     except jax.errors.JaxRuntimeError as error:
-        return None, mesh, _out_of_memory(error, own.on)
+        raise CompilerError(f"the compiler for {own.on.name}: {_first_line(error)}") from error
+    if found.refusal and not re.search(r"\bhbm\b", found.refusal, re.IGNORECASE):
+        # A kernel that wants more of the chip's own fast memory than there is.
+        raise CompilerError(f"the compiler for {own.on.name}: {found.refusal}")
+    return Step(what, own.on.chip.hbm_bytes, mesh, found, time.perf_counter() - began)
 
 
-def _out_of_memory(error: Exception, on: topology.Topology) -> str:
-    """The line that tells of too little device memory; anything else is an error."""
-    line = str(error).strip().split("\n")[0]
-    if "RESOURCE_EXHAUSTED" in line and re.search(r"\bhbm\b", line, re.IGNORECASE):
-        return line
-    raise CompilerError(f"the compiler for {on.name}: {line}") from error
-
-
-# Chips to compile for what does not fit, by memory; what the other chips have lies between or beyond.
-_ROOMY = ("v6e", "v5p", "h200")
-
-
-def larger(on: topology.Topology) -> list[topology.Topology]:
-    """Topologies of as many devices of chips with more memory, the nearest first."""
-    found = []
-    for chip in map(chips.chip, _ROOMY):
-        if chip.platform != on.chip.platform or chip.hbm_bytes <= on.chip.hbm_bytes:
-            continue
-        each = len(on.devices) // on.slices
-        for name in topology.slices_of(chip.name):
-            sizes = map(int, name.partition(":")[2].split("x"))
-            if math.prod(sizes) * chip.devices_per_chip == each:
-                found.append(topology.parse(f"{on.slices}*{name}" if on.slices > 1 else name))
-                break
-    return found
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,9 +200,9 @@ class Result:
         return ideal_flops(self.setting)
 
     def estimate(self) -> roofline.Estimate | None:
-        """Of the training step on the setting's own devices; None where nothing could be compiled."""
+        """Of the training step on the setting's own devices; None where it was refused."""
         analysis, on = self.train.analysis, self.setting.on
-        if analysis is None:
+        if analysis is None or self.train.program.refusal:
             return None
         return roofline.estimate(
             flops=analysis.flops.total,

@@ -60,12 +60,17 @@ def check(
     result = compiled.compile_setting(own, evaluation=eval_length > 0, say=compiled.quiet)
     if not result.fits:
         raise errors.UserError(_refusal(result, size))
-    built = result.setting.program
-    evaluate = built.eval_step
-    if result.evaluation is not None:
-        evaluate = _either(result.evaluation.compiled, evaluate, eval_length)
-    train = _either(result.train.compiled, built.train_step, length)
-    return dataclasses.replace(built, train_step=train, eval_step=evaluate)
+    built, evaluation = result.setting.program, result.evaluation
+    assert result.train.memory  # it fits
+    found = dataclasses.replace(
+        built,
+        train_step=_either(result.train.program.executable, built.train_step, length),
+        train_bytes=result.train.memory.peak,
+    )
+    if evaluation is None or evaluation.memory is None:
+        return found
+    evaluate = _either(evaluation.program.executable, built.eval_step, eval_length)
+    return dataclasses.replace(found, eval_step=evaluate, eval_bytes=evaluation.memory.peak)
 
 
 def _either(ahead: Any, jitted: Any, length: int) -> Callable[..., Any]:
@@ -143,6 +148,6 @@ def _refusal(result: compiled.Result, size: int) -> str:
 def _needs(step: compiled.Step, size: int, model: architecture.Config) -> str:
     there = f"of {buffers.gigabytes(size)} there are"
     if step.memory is None or step.analysis is None:
-        return f"{step.refused} ({there})"
+        return f"{step.program.refusal} ({there})"
     named = buffers.largest(step.analysis.peak, model, NAMED)
-    return f"it takes {buffers.gigabytes(step.memory.peak)} {there}; largest: {', '.join(map(str, named))}"
+    return f"it takes {buffers.gigabytes(step.memory.peak)} {there}; largest: {'; '.join(map(str, named))}"

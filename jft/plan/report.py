@@ -59,13 +59,12 @@ def _step(step: compiled.Step, own: compiled.Setting) -> dict[str, Any]:
         "argument_bytes_per_device": memory.arguments if memory else None,
         "temp_bytes_per_device": memory.temporaries if memory else None,
         "peak_bytes_per_device": memory.peak if memory else None,
-        "host_bytes_per_device": memory.host if memory else None,
+        "host_bytes_per_device": step.host_bytes,
         "step_fits": step.fits(),
         "seconds_to_compile": step.seconds,
     }
-    if step.refused:
-        found["refused"] = step.refused
-        found["compiled_for"] = step.on.name if memory else None
+    if step.program.refusal:
+        found["refused"] = step.program.refusal
     if step.analysis:
         peak = step.analysis.peak
         found["peak_by_use"] = buffers.by_use(peak)
@@ -156,7 +155,7 @@ def _memory(name: str, step: Mapping[str, Any], there: int) -> str:
     if step["host_bytes_per_device"]:
         line += f", and {buffers.gigabytes(step['host_bytes_per_device'])} of the host's memory"
     if step.get("refused"):
-        line += "  (would take)" if step["compiled_for"] else "  (more than any such chip has)"
+        line += "  (would take, about)"
     return line
 
 
@@ -164,8 +163,6 @@ def _largest(name: str, step: Mapping[str, Any]) -> list[str]:
     lines = []
     if step.get("refused"):
         lines.append(f"{name}: the compiler says: {step['refused']}")
-        if step["compiled_for"]:
-            lines.append(f"what it would take is of the same step on {step['compiled_for']}")
     if "largest" in step:
         lines.append(f"the largest in memory at the peak of {name}:")
         lines += [

@@ -42,7 +42,8 @@ def run(arguments: list[str]) -> int:
         )
     if flags.smallest and (flags.search or flags.hlo):
         raise errors.UserError("--smallest goes with neither --search nor --hlo")
-    _quiet_environment()
+    # Nothing runs on a device here: an accelerator stays free for whoever uses it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jft.plan import report
 
     model, architecture = _architecture(config, origins, arguments)
@@ -53,7 +54,7 @@ def run(arguments: list[str]) -> int:
         | extra
     )
     if flags.hlo:
-        _write(flags.hlo, result.train.text)
+        _write(flags.hlo, result.train.program.text)
     parsing.show(found, report.render(found), flags.json)
     return 0
 
@@ -117,16 +118,6 @@ def _count(flags: Any) -> int:
     found = plan.plan(flags.model, revision=flags.revision, rank=flags.rank)
     parsing.show(found, plan.render(found), flags.json)
     return 0
-
-
-def _quiet_environment() -> None:
-    """Nothing runs on a device here: an accelerator stays free for whoever uses it. And libtpu need not look for its host."""
-    for name, value in (
-        ("JAX_PLATFORMS", "cpu"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-    ):
-        os.environ.setdefault(name, value)
 
 
 def _architecture(
