@@ -13,6 +13,7 @@ more operations.
 
 import argparse
 import dataclasses
+import inspect
 import json
 import pathlib
 import re
@@ -171,7 +172,7 @@ def read() -> dict[tuple[str, str, str], dict[str, Any]]:
 
 def page(rows: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     """The Markdown page."""
-    head = __import__("inspect").cleandoc(
+    head = inspect.cleandoc(
         """
         # What runs take, compiled ahead
 
