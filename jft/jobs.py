@@ -131,7 +131,8 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     hosts.agree("the training data", data.report["fingerprint"])
     hosts.agree("the number of steps", steps)
     eval_length = _evaluation_width(c, source, data, layout, packed.length)
-    built = _programs(c, arch, packed.length, eval_length, steps)
+    devices = jax.devices() if layout is not None else jax.devices()[:1]
+    built = _programs(c, arch, devices, packed.length, eval_length, steps)
     model = models.load(
         c.model.path,
         dtype=program.stored_dtype(c),
@@ -180,6 +181,7 @@ def _evaluation_width(
 def _programs(
     c: config_dict.ConfigDict,
     model: architecture.Config,
+    devices: Sequence[Any],
     length: int,
     eval_length: int,
     steps: int,
@@ -192,7 +194,7 @@ def _programs(
             raise errors.UserError(
                 f"lora.dropout={c.lora.dropout} with an adapter of head/kernel: take it out of lora.targets"
             )
-    return fit.check(c, model, jax.devices(), length=length, eval_length=eval_length, steps=steps)
+    return fit.check(c, model, devices, length=length, eval_length=eval_length, steps=steps)
 
 
 def make_layout(c: config_dict.ConfigDict, devices: Sequence[Any]) -> sharding.Layout | None:

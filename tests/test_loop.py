@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from jft import cli, config, jobs, loop, runs, step
+from jft import cli, config, jobs, loop, runs
 from jft.models import architecture
+from jft.plan import fit
 
 COLORS = ["red", "green", "blue", "one", "two", "three"]
 
@@ -133,23 +134,23 @@ def test_stopped_and_resumed_is_uninterrupted(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(settings(tiny_model, data, whole))
 
-    make = step.train_step
+    check = fit.check
 
     def interrupting(*args: Any, **kwargs: Any) -> Any:
-        update = make(*args, **kwargs)
+        built = check(*args, **kwargs)
 
         def call(state: Any, frozen: Any, batch: Any) -> Any:
             if int(state.step) == 2:  # Ctrl-C during the third step
                 os.kill(os.getpid(), signal.SIGINT)
-            return update(state, frozen, batch)
+            return built.train_step(state, frozen, batch)
 
-        return call
+        return dataclasses.replace(built, train_step=call)
 
-    monkeypatch.setattr(step, "train_step", interrupting)
+    monkeypatch.setattr(fit, "check", interrupting)
     with pytest.raises(loop.Interrupted, match="after step 3 of 6"):
         loop.train(settings(tiny_model, data, parts))
     assert not (parts / "summary.json").exists()
-    monkeypatch.setattr(step, "train_step", make)
+    monkeypatch.setattr(fit, "check", check)
     loop.train(settings(tiny_model, data, parts))
     assert losses_of(parts) == losses_of(whole)
     for name in ("best", "last"):

@@ -119,8 +119,8 @@ def compile_row(run: Run) -> dict[str, Any]:
         "collective_bytes": {
             f"{kind} {'+'.join(axes)}": n for (kind, axes), n in exchanged.items()
         },
-        "step_seconds": estimate.seconds,
-        "tokens_per_second": own.tokens / len(on.devices) / estimate.seconds,
+        "step_seconds": estimate.step_seconds,
+        "tokens_per_second": estimate.tokens_per_second_per_device,
         "compile_seconds": round(step.seconds, 1),
         "compiler": compiler(on.chip.platform),
     }
