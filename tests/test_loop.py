@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -156,6 +157,10 @@ def test_stopped_and_resumed_is_uninterrupted(
         jax.tree.map(
             np.testing.assert_array_equal, adapter_of(parts / name), adapter_of(whole / name)
         )
+
+
+def test_eight_devices(eight_devices: Callable[[pathlib.Path], None]) -> None:
+    eight_devices(pathlib.Path(__file__).with_name("loop_on_eight_devices.py"))
 
 
 def test_full_fine_tuning_gives_a_model_folder(
