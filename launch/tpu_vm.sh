@@ -4,7 +4,7 @@
 #
 #   NAME=mine ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket launch/tpu_vm.sh [--dry-run] \
 #       jft train --config=configs/sft.py:llama3.1-8b --config.data.train=/mnt/bucket/train.jsonl \
-#       --config.run_dir=/mnt/bucket/runs/mine
+#       --config.run_dir=/mnt/bucket/runs/mine --config.batch_size=16
 #
 # The committed files of this repository go to each host, the bucket is mounted at /mnt/bucket: run_dir must lie there, for
 # a preempted host's disk is lost. SPOT=0 asks for on-demand, RUNTIME for another image. RETRIES (3) bounds failures

@@ -90,13 +90,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture
-def eight_devices() -> Callable[[pathlib.Path], None]:
-    """Runs a file of tests in a process of its own, which simulates eight CPU devices."""
+def eight_devices() -> Callable[..., None]:
+    """Runs a file of tests, with pytest's options, in a process of its own, which simulates eight CPU devices."""
 
-    def run(cases: pathlib.Path) -> None:
+    def run(cases: pathlib.Path, *options: str) -> None:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(cases)],
+            [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *options, str(cases)],
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,

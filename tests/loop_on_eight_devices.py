@@ -37,6 +37,7 @@ def c(tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> Any:
 def train(c: Any, run_dir: pathlib.Path, **mesh: int) -> tuple[dict[str, Any], list[float]]:
     """The summary, and the losses of validations and steps."""
     c.run_dir = str(run_dir)
+    c.mesh.update(config.base().mesh)
     c.mesh.update(mesh)
     done = loop.train(c)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

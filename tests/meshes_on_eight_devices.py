@@ -138,9 +138,21 @@ CASES = [
     *(("windows", mesh, 4) for mesh in ("context 4", "fsdp 4 x tensor 2")),
     *(("experts", mesh, rank) for mesh in list(MESHES)[5:] for rank in (0, 4)),
 ]
+# Each takes some seconds to compile: the others are slow tests.
+QUICK = [
+    *(("dense", mesh, 4) for mesh in list(MESHES)[:5]),
+    ("dense", "data 2 x fsdp 2 x tensor 2", 0),
+    ("gpt2", "fsdp 4 x tensor 2", 0),
+    ("windows", "context 4", 4),
+    ("experts", "expert 2 x tensor 2", 4),
+]
 
 
-@pytest.mark.parametrize(("name", "mesh", "rank"), CASES)
+def marked(case: tuple[str, str, int]) -> Any:
+    return case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "mesh", "rank"), map(marked, CASES))
 def test_a_mesh_is_one_device(name: str, mesh: str, rank: int) -> None:
     check(name, rank, make_config(rank, **MESHES[mesh]))
 

@@ -4,6 +4,15 @@
 import pathlib
 from collections.abc import Callable
 
+import pytest
 
-def test_eight_devices(eight_devices: Callable[[pathlib.Path], None]) -> None:
-    eight_devices(pathlib.Path(__file__).with_name("meshes_on_eight_devices.py"))
+CASES = pathlib.Path(__file__).with_name("meshes_on_eight_devices.py")
+
+
+def test_eight_devices(eight_devices: Callable[..., None]) -> None:
+    eight_devices(CASES)
+
+
+@pytest.mark.slow
+def test_eight_devices_and_every_mesh(eight_devices: Callable[..., None]) -> None:
+    eight_devices(CASES, "-m", "slow")
