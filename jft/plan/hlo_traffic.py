@@ -47,7 +47,7 @@ def _moved(
     if own.opcode != "fusion":
         return sum(_bytes(one.shape) for one in inputs) + _bytes(own.shape)
     called = module.computations[own.called[0]]
-    read = sum(_read(called, number, one) for number, one in enumerate(inputs))
+    read = sum(_read(called, number, one, module) for number, one in enumerate(inputs))
     return read + sum(_written(called, root) for root in _roots(called))
 
 
@@ -55,15 +55,39 @@ def _roots(called: hlo_text.Computation) -> list[hlo_text.Instruction]:
     return called.inputs(called.root) if called.root.opcode == "tuple" else [called.root]
 
 
-def _read(called: hlo_text.Computation, number: int, given: hlo_text.Instruction) -> int:
+def _read(
+    called: hlo_text.Computation,
+    number: int,
+    given: hlo_text.Instruction,
+    module: hlo_text.Module,
+) -> int:
     """Of a parameter: all of it, or the slices if it is only sliced, and nothing if it is only updated in place."""
-    parameter = called.parameters[number]
-    users = [own for own in called.instructions if parameter.name in own.operands]
-    if users and all(own.opcode in (*_SLICES, "dynamic-update-slice") for own in users):
-        if _bytes(given.shape) == 0:
-            return 0
-        return sum(_plain(own.shape) for own in users if own.opcode in _SLICES)
-    return _bytes(given.shape)
+    whole = _bytes(given.shape)
+    parts = _parts(called, called.parameters[number].name, module) if whole else None
+    return whole if parts is None else min(whole, parts)
+
+
+def _parts(called: hlo_text.Computation, name: str, module: hlo_text.Module) -> int | None:
+    """Bytes of the slices that are taken of a value; None if something reads all of it. Looks into fusions in fusions."""
+    total = 0
+    users = [own for own in called.instructions if name in own.operands]
+    for own in users:
+        part: int | None = 0
+        if own.opcode in _SLICES:
+            part = _plain(own.shape)
+        elif own.opcode == "bitcast":
+            part = _parts(called, own.name, module)
+        elif own.opcode == "fusion":
+            inner = module.computations[own.called[0]]
+            places = [i for i, operand in enumerate(own.operands) if operand == name]
+            found = [_parts(inner, inner.parameters[i].name, module) for i in places]
+            part = None if None in found else sum(one or 0 for one in found)
+        elif own.opcode != "dynamic-update-slice":
+            part = None
+        if part is None:
+            return None
+        total += part
+    return total if users else None
 
 
 def _written(called: hlo_text.Computation, root: hlo_text.Instruction) -> int:
