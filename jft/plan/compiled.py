@@ -156,9 +156,9 @@ def compile_step(own: Setting, what: str, *, explain: bool = True, say: Say = qu
     Raises:
       UserError: settings that don't fit each other, the model or the mesh; or the compiler refuses.
     """
-    say(f"compiling the {what} step for {own.on.name}")
     began = time.perf_counter()
     built = own.program
+    say(f"compiling the {what} step for {own.on.name}")
     mesh = dict.fromkeys(sharding.AXES, 1) if built.layout is None else built.layout.mesh.shape
     device = own.on.devices[0] if built.layout is None else None
     if what == EVALUATE:

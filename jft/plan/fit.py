@@ -20,7 +20,7 @@ from jft.plan import advice, buffers, chips, compiled, topology
 
 NAMED = 3  # buffers that the message names
 # Where a container's limit stands: control groups of version 2 and of version 1.
-_GROUPS = (
+GROUPS = (
     (pathlib.Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (pathlib.Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
@@ -114,7 +114,7 @@ def free_memory() -> int:
     if not meminfo.exists():  # not Linux: what the machine has
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = _fields(meminfo)["MemAvailable:"] * 1024
-    for folder, limit, used in _GROUPS:
+    for folder, limit, used in GROUPS:
         try:
             most, taken = ((folder / name).read_text().strip() for name in (limit, used))
             stat = _fields(folder / "memory.stat")
