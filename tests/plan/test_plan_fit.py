@@ -38,7 +38,9 @@ def settings(**changes: Any) -> config_dict.ConfigDict:
     return c
 
 
-def check(c: config_dict.ConfigDict, device_bytes: int | None, eval_length: int = 64) -> fit.Ready:
+def check(
+    c: config_dict.ConfigDict, device_bytes: int | None, eval_length: int = 64
+) -> program.Program:
     return fit.check(
         c,
         MODEL,
@@ -54,7 +56,7 @@ def check(c: config_dict.ConfigDict, device_bytes: int | None, eval_length: int 
 def test_what_fits_runs_as_the_jitted_step_does_also_with_shorter_rows() -> None:
     ready = check(settings(), None, eval_length=256)
     params = jax.tree.map(
-        lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype) / 8, ready.program.frozen
+        lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype) / 8, ready.frozen
     )
     adapters = program.init_adapters(settings(), params)
 
@@ -65,17 +67,20 @@ def test_what_fits_runs_as_the_jitted_step_does_also_with_shorter_rows() -> None
         kinds = {"tokens": tokens, "targets": tokens, "segments": ones, "positions": positions}
         return kinds | {"weights": ones.astype(np.float32)}
 
+    jitted = program.build(
+        settings(), MODEL, layout=None, backend="cpu", length=128, steps=4
+    ).train_step
     for length in (128, 64):
-        state = step.init_state(jax.tree.map(jnp.copy, adapters), ready.program.optimizer)
+        state = step.init_state(jax.tree.map(jnp.copy, adapters), ready.optimizer)
         other = jax.tree.map(jnp.copy, state)
         state, metrics = ready.train_step(state, params, batch(2, length))
-        other, wanted = ready.program.train_step(other, params, batch(2, length))
+        other, wanted = jitted(other, params, batch(2, length))
         assert float(metrics["loss"]) == float(wanted["loss"])
         for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(one, two)
     total, weight = ready.eval_step(adapters, params, batch(2, 256))
     assert float(weight) == 512 and np.isfinite(float(total))
-    assert 0 < ready.train_bytes < ready.device_bytes
+    assert 0 < ready.train_bytes < fit.device_memory(jax.devices()[:1])
 
 
 @pytest.mark.usefixtures("quick_compiles")
