@@ -37,7 +37,7 @@ def test_what_costs_least_comes_first_and_each_change_is_on_top_of_those_before(
 @pytest.mark.parametrize("batch_size", [1, 6, 7, 30, 64])
 def test_micro_batches_divide_the_batch_and_the_rows(batch_size: int) -> None:
     c = config.base()
-    c.batch_size = 2 * batch_size
+    c.remat, c.batch_size = "full", 2 * batch_size
     sizes = [
         int(one["micro_batch"])
         for one in changes.chain(c, 2, 2 * batch_size, offload=True)
