@@ -6,7 +6,7 @@ fusion keeps inside moves nothing, nor does what lies in the chip's own fast mem
 or updated in place, the slice counts. Reads that a cache serves, or that tiles repeat, are not seen.
 """
 
-from jft.plan import hlo_flops, hlo_text
+from jft.plan import hlo_collectives, hlo_flops, hlo_text
 
 # They move nothing themselves: names for memory, control flow, and ends of what was counted at its start.
 _STILL = frozenset(
@@ -14,6 +14,8 @@ _STILL = frozenset(
     " optimization-barrier opt-barrier add-dependency domain".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
+# In fusions: the parts of exchanges that run beside them, and handing through.
+_PASSED = frozenset((*hlo_collectives.KINDS, "custom-call", "tuple"))
 
 
 def count(walk: hlo_flops.Walk) -> float:
@@ -48,7 +50,7 @@ def _moved(
         return sum(_bytes(one.shape) for one in inputs) + _bytes(own.shape)
     called = module.computations[own.called[0]]
     read = sum(_read(called, number, one, module) for number, one in enumerate(inputs))
-    return read + sum(_written(called, root) for root in _roots(called))
+    return read + sum(_written(called, root, module) for root in _roots(called))
 
 
 def _roots(called: hlo_text.Computation) -> list[hlo_text.Instruction]:
@@ -61,41 +63,54 @@ def _read(
     given: hlo_text.Instruction,
     module: hlo_text.Module,
 ) -> int:
-    """Of a parameter: all of it, or the slices if it is only sliced, and nothing if it is only updated in place."""
     whole = _bytes(given.shape)
-    parts = _parts(called, called.parameters[number].name, module) if whole else None
-    return whole if parts is None else min(whole, parts)
+    return min(whole, _used(called, called.parameters[number], module)) if whole else 0
 
 
-def _parts(called: hlo_text.Computation, name: str, module: hlo_text.Module) -> int | None:
-    """Bytes of the slices that are taken of a value; None if something reads all of it. Looks into fusions in fusions."""
+def _used(
+    called: hlo_text.Computation, source: hlo_text.Instruction, module: hlo_text.Module
+) -> int:
+    """Bytes of a fusion's value that it reads: the slices where it is sliced, also by fusions within; else all of it.
+
+    What is handed through, updated in place, or given to an exchange that runs meanwhile is not read here.
+    """
     total = 0
-    users = [own for own in called.instructions if name in own.operands]
-    for own in users:
-        part: int | None = 0
-        if own.opcode in _SLICES:
-            part = _plain(own.shape)
-        elif own.opcode == "bitcast":
-            part = _parts(called, own.name, module)
-        elif own.opcode == "fusion":
-            inner = module.computations[own.called[0]]
-            places = [i for i, operand in enumerate(own.operands) if operand == name]
-            found = [_parts(inner, inner.parameters[i].name, module) for i in places]
-            part = None if None in found else sum(one or 0 for one in found)
-        elif own.opcode != "dynamic-update-slice":
-            part = None
-        if part is None:
-            return None
-        total += part
-    return total if users else None
+    for own in called.instructions:
+        for place in [i for i, name in enumerate(own.operands) if name == source.name]:
+            if own.opcode in _SLICES:
+                total += _plain(own.shape) if place == 0 else 0
+            elif own.opcode == "fusion":
+                inner = module.computations[own.called[0]]
+                total += _used(inner, inner.parameters[place], module)
+            elif own.opcode == "bitcast":
+                total += _used(called, own, module)
+            elif not (
+                own.opcode in _PASSED or (own.opcode == "dynamic-update-slice" and not place)
+            ):
+                total += _plain(source.shape)
+    return total
 
 
-def _written(called: hlo_text.Computation, root: hlo_text.Instruction) -> int:
-    where = root.shape
-    while root.opcode == "bitcast":
-        root = called.by_name[root.operands[0]]
+def _written(
+    called: hlo_text.Computation, root: hlo_text.Instruction, module: hlo_text.Module
+) -> int:
+    where, starts = (
+        root.shape,
+        any("AsyncCollectiveStart" in own.rest for own in called.instructions),
+    )
+    while root.opcode in ("bitcast", "fusion"):
+        if root.opcode == "bitcast":
+            root = called.by_name[root.operands[0]]
+            continue
+        called = module.computations[root.called[0]]
+        if called.root.opcode == "tuple":
+            return _bytes(where)
+        root = called.root
     if root.opcode == "dynamic-update-slice":
         return _plain(called.by_name[root.operands[1]].shape) if _bytes(where) else 0
+    # An exchange that runs meanwhile writes its result once, counted where it starts.
+    if root.opcode in _PASSED and not starts:
+        return 0
     return 0 if root.opcode == "parameter" else _bytes(where)
 
 
