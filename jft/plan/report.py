@@ -186,12 +186,12 @@ def _flops(found: Mapping[str, Any]) -> list[str]:
     if found["flops_per_device"] is None:
         return []
     parts = ", ".join(
-        f"{part} {size / 1e12:.2f}" for part, size in found["flops_by_part"].items() if size
+        f"{part} {size / 1e12:.4g}" for part, size in found["flops_by_part"].items() if size
     )
     lines = [
         "",
-        f"flops of a step per device: {found['flops_per_device'] / 1e12:.2f} T executed ({parts});"
-        f" ideal {found['ideal_flops_per_device'] / 1e12:.2f} T; ratio {found['flops_ratio']:.3f}",
+        f"flops of a step per device: {found['flops_per_device'] / 1e12:.4g} T executed ({parts});"
+        f" ideal {found['ideal_flops_per_device'] / 1e12:.4g} T; ratio {found['flops_ratio']:.3f}",
     ]
     lines += [f"  not counted: {line}" for line in found["not_counted"]]
     lines += [f"  {line}" for line in found["counted_at_most"]]
@@ -211,9 +211,9 @@ def _time(found: Mapping[str, Any]) -> list[str]:
     exchange = sum(roof["exchange_seconds"].values())
     lines = [
         "",
-        f"at best {found['step_seconds']:.3f} s a step, {found['tokens_per_second_per_device']:,.0f} tokens/s per device;"
-        f" it waits for {roof['waits_for']} (compute {roof['compute_seconds']:.3f} s, memory {roof['memory_seconds']:.3f} s,"
-        f" exchange {exchange:.3f} s)",
+        f"at best {found['step_seconds']:.3g} s a step, {found['tokens_per_second_per_device']:,.0f} tokens/s per device;"
+        f" it waits for {roof['waits_for']} (compute {roof['compute_seconds']:.3g} s, memory {roof['memory_seconds']:.3g} s,"
+        f" exchange {exchange:.3g} s)",
         *(f"  assumed: {line}" for line in roof["assumptions"]),
     ]
     if found["run_seconds"]:
