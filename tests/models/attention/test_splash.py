@@ -103,9 +103,9 @@ def test_fewer_flops_decide_on_one_backward_kernel() -> None:
         return splash.sizes(length, length, H, jnp.bfloat16, window).fused
 
     assert fused(8192, None)
-    assert not fused(8192, 1024)  # a part of 2,048 keys is mostly outside the window
-    assert not fused(16384, None)  # four parts of 4,096 would not fit
-    assert fused(4096, None, 256) and not fused(8192, None, 256)
+    assert not fused(8192, 256)  # a part of 1,024 keys is mostly outside the window
+    assert fused(16384, None) and not fused(32768, None)  # eight parts of 4,096 would not fit
+    assert fused(8192, None, 256) and not fused(16384, None, 256)
 
 
 @pytest.mark.parametrize("length", [1, 128, 130, 640, 1152, 2048, 2176, 5000])
