@@ -42,9 +42,9 @@ mountpoint -q /mnt/bucket || {
 }
 python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing --python 3.12 .venv
 ~/.local/bin/uv pip install -q -p .venv/bin/python -e ".[train,tpu]"'
-# Runs apart from the connection, which may break: what is started already is followed.
+# Runs apart from the connection, which may break: what is started already, and has not ended, is followed.
 start="cd jft && export PATH=\$PWD/.venv/bin:\$PATH
-kill -0 \"\$(cat pid 2>/dev/null)\" 2>/dev/null || {
+[[ ! -e code ]] && kill -0 \"\$(cat pid 2>/dev/null)\" 2>/dev/null || {
   rm -f code; (nohup $(printf '%q ' "$@"); echo \$? >code) >log 2>&1 </dev/null & echo \$! >pid
 }
 tail -n +1 -f --pid=\"\$(cat pid)\" log; echo jft-ended-with \"\$(cat code 2>/dev/null || echo 75)\""

@@ -242,9 +242,9 @@ def test_a_pod_is_retried_except_after_bad_input(
 def test_a_run_that_goes_on_is_followed_not_started_again(tmp_path: pathlib.Path) -> None:
     variables = pod(tmp_path, "ACTIVE", "0")
     (tmp_path / "jft" / "log").write_text("step 7\n")
-    running = bash("(sleep 1 >/dev/null 2>&1 & echo $!)").stdout.strip()
+    code = shlex.quote(str(tmp_path / "jft" / "code"))  # which a run writes when it ends
+    running = bash(f"(sleep 2; echo 0 >{code}) >/dev/null 2>&1 & echo $!").stdout.strip()
     (tmp_path / "jft" / "pid").write_text(running)
-    (tmp_path / "jft" / "code").write_text("0\n")
     done = launch("tpu_vm.sh", *TRAIN, **variables)
     assert done.returncode == 0 and "step 7" in done.stdout
     assert "\njft train" not in called(tmp_path)
