@@ -19,7 +19,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "export": ("writes a model or a run's result as a folder or a .gguf file", "convert", "export"),
     "import": ("brings a model into a folder of this machine", "convert", "import_"),
     "merge": ("folds an adapter into its base for good", "convert", "merge"),
-    "plan": ("counts parameters and bytes from a model's configuration", "plan", "run"),
+    "plan": (
+        "counts a model, or compiles a run for a topology: does it fit, what does it cost",
+        "plan",
+        "run",
+    ),
 }
 
 
