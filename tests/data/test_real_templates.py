@@ -86,8 +86,10 @@ def texts(tokenizer: Any) -> st.SearchStrategy[str]:
 
 
 def answers(tokenizer: Any) -> st.SearchStrategy[str]:
-    # Qwen3's template takes an answer apart at its think marks.
-    return texts(tokenizer).filter(lambda text: "think>" not in text)
+    """Without marks that an answer may write, such as Qwen3's <tool_call>, and <think>, at which its template takes one apart."""
+    own = template.analysed(tokenizer)
+    allowed = [text for text in own.control_ids if not own.answers.search(text)]
+    return texts(tokenizer).filter(lambda text: not any(mark in text for mark in allowed))
 
 
 def turn(role: str, content: str) -> examples.Turn:
