@@ -82,8 +82,10 @@ def base() -> config_dict.ConfigDict:
     optim.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+ found 16 to be good)
     optim.clip_norm = 1.0  # largest global norm of a gradient; 0 = no clipping
 
-    c.batch_size = 8  # rows in one step
-    c.micro_batch = 0  # rows in one forward pass; 0 = 2 on CPU, all elsewhere
+    c.batch_size = 8  # rows in one step, on all devices together
+    c.micro_batch = (
+        0  # rows in one forward pass, likewise; 0 = about 512 tokens a device on CPU, all elsewhere
+    )
     c.epochs = 3.0  # over the training rows
     c.steps = 0  # if not 0, instead of epochs
     c.remat = "auto"  # what the backward pass keeps: none (all), products, attention, full (nothing), dots, offload, offload_attention; auto = what fits

@@ -199,10 +199,7 @@ def _programs(
 
 def make_layout(c: config_dict.ConfigDict, devices: Sequence[Any]) -> sharding.Layout | None:
     """Of the mesh that `mesh.*` asks for; None on one device."""
-    sizes = sharding.Sizes(**c.mesh)
-    if len(devices) == 1 and dataclasses.astuple(sizes.over(1)) == (1,) * len(sharding.AXES):
-        return None
-    return sharding.Layout(sharding.mesh(sizes, devices))
+    return sharding.layout(sharding.Sizes(**c.mesh), devices)
 
 
 def _weights(layout: sharding.Layout | None) -> Any:

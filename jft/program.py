@@ -21,7 +21,7 @@ from jft.models import architecture, attention, decoder, remat
 # Tokens in one forward pass of a CPU device: more costs memory and brings no speed. SmolLM2-135M on 2 cores with 256, 512
 # and 1,024 tokens: 216, 220 to 240 and 229 tokens/s in 1.8, 2.4 and 3.5 GB.
 CPU_TOKENS = 512
-# Policies of remat="auto", the fastest first. Not "none": it keeps 2.5 times as much as "products", which recomputes no product.
+# Policies of remat="auto", the fastest first. Not "none": "products" computes but thin products twice, and keeps less.
 AUTO = ("products", "attention", "full", "offload")
 BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32}
 
@@ -92,7 +92,6 @@ def build(
     backend: str,
     length: int,
     steps: int,
-    policy: str = "",
 ) -> Program:
     """The programs of a run.
 
@@ -103,7 +102,6 @@ def build(
       backend: "cpu", "gpu" or "tpu".
       length: positions of a row.
       steps: of the run, for the schedule.
-      policy: of `remat.POLICIES`; "" for the first of `policies`.
 
     Raises:
       UserError: settings that don't fit each other, the model or the mesh.
@@ -125,7 +123,7 @@ def build(
         shardings = step.State(layout.replicated, placed, moments)
         state = _placed(state, shardings)
         frozen = _placed(frozen, layout.weights(frozen))
-    policy = policy or policies(c, backend)[0]
+    policy = policies(c, backend)[0]
     make = functools.partial(_loss, c, model, layout, backend, length, policy)
     # Not the key of `lora.init`.
     dropout_key = jax.random.fold_in(jax.random.key(c.seed), 1) if c.lora.dropout else None

@@ -117,6 +117,13 @@ def mesh(sizes: Sizes, devices: Sequence[Any]) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def layout(sizes: Sizes, devices: Sequence[Any]) -> "Layout | None":
+    """Of the mesh over these devices; None on a single one."""
+    if len(devices) == 1 and set(dataclasses.astuple(sizes.over(1))) == {1}:
+        return None
+    return Layout(mesh(sizes, devices))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh, and what lies where on it.

@@ -16,7 +16,7 @@ from jft.models import attention
 # What the backward pass of attention needs, so that neither its products nor its kernel run again.
 ATTENTION = ("query", "key", "value", "attended", "attention_lse", "middle")
 # All that the products' gradients need: nothing but norms, rotations and activations is computed again.
-PRODUCTS = (*ATTENTION, "qkv", "gate", "up", "gate_up")
+PRODUCTS = (*ATTENTION, "gate", "up", "gate_up")
 STREAM = ("stream",)
 
 

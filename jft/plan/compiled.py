@@ -71,10 +71,7 @@ class Setting:
 
     def layout(self) -> sharding.Layout | None:
         """As `jft train` makes it on these devices."""
-        sizes = sharding.Sizes(**self.config.mesh)
-        if len(self.on.devices) == 1 and set(dataclasses.astuple(sizes.over(1))) == {1}:
-            return None
-        return sharding.Layout(sharding.mesh(sizes, self.on.devices))
+        return sharding.layout(sharding.Sizes(**self.config.mesh), self.on.devices)
 
     @functools.cached_property
     def program(self) -> program.Program:
