@@ -141,9 +141,7 @@ CASES = [
 # Each takes some seconds to compile: the others are slow tests.
 QUICK = [
     ("dense", "fsdp 4 x tensor 2", 4),
-    ("dense", "context 4", 4),
     ("dense", "data 2 x fsdp 2 x tensor 2", 0),
-    ("gpt2", "fsdp 8", 0),
     ("experts", "expert 2 x tensor 2", 4),
 ]
 

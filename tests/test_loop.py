@@ -160,6 +160,7 @@ def test_stopped_and_resumed_is_uninterrupted(
         )
 
 
+@pytest.mark.slow
 def test_eight_devices(eight_devices: Callable[[pathlib.Path], None]) -> None:
     eight_devices(pathlib.Path(__file__).with_name("loop_on_eight_devices.py"))
 

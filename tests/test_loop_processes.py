@@ -95,6 +95,7 @@ def check_alike(got: pathlib.Path, want: pathlib.Path) -> None:
         np.testing.assert_allclose(values, other[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(
     file: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

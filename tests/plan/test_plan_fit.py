@@ -114,14 +114,14 @@ def test_a_limit_of_the_control_group_counts_with_what_its_cache_holds(
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "rank"), [("none", 16), ("full", 16), ("none", 0)])
 def test_a_step_on_cpu_takes_what_was_predicted(policy: str, rank: int) -> None:
-    """0.6 to 2.9 GB were predicted, and 87 to 97 MB more measured in each case.
+    """0.41 to 1.93 GB were predicted, and 28 to 37 MB more measured in each case.
 
-    The allocator's own, and the matrix products' packed operands, which the compiler does not count: 150 MB are allowed.
+    The allocator's own, and the matrix products' packed operands, which the compiler does not count: 100 MB are allowed.
     """
     script = pathlib.Path(__file__).with_name("measured_peak.py")
     done = subprocess.run(
         [sys.executable, str(script), policy, str(rank)], capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    assert found["grew_in_steps"] and np.isfinite(found["loss"])
-    assert 0 <= found["measured"] - found["predicted"] <= 150e6
+    assert np.isfinite(found["loss"])
+    assert 0 <= found["measured"] - found["predicted"] <= 100e6
