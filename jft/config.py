@@ -25,6 +25,9 @@ def base() -> config_dict.ConfigDict:
     c.model = m = config_dict.ConfigDict()
     m.path = "smollm2-135m-instruct"  # a folder, a Hub name, a .gguf file, or this embedded model
     m.revision = ""  # of a Hub name: branch, tag or commit; "" = its main branch
+    # The frozen base kept in 4 or 8 bits (QLoRA): none, nf4, int4, int8.
+    m.quantize = "none"
+    m.quantize_embeddings = "none"  # its embedding and head likewise: none, int8
     m.dtype = "float32"  # of the computation and of frozen weights: float32, bfloat16
 
     c.lora = lora = config_dict.ConfigDict()

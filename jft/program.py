@@ -16,7 +16,7 @@ from ml_collections import config_dict
 
 from jft import config as configuration
 from jft import errors, lora, losses, matmul, optim, sharding, step
-from jft.models import architecture, attention, decoder, remat
+from jft.models import architecture, attention, decoder, quantizing, remat
 
 # Tokens in one forward pass of a CPU device: more costs memory and brings no speed. SmolLM2-135M on 2 cores with 256, 512
 # and 1,024 tokens: 216, 220 to 240 and 229 tokens/s in 1.8, 2.4 and 3.5 GB.
@@ -163,9 +163,15 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 def shapes(c: config_dict.ConfigDict, model: architecture.Config) -> decoder.Params:
     """The parameters' shapes, in the dtype that they are stored in."""
     dtype = stored_dtype(c)
-    return jax.tree.map(
+    dense = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), decoder.shapes(model)
     )
+    return quantizing.shapes(dense, quantisation(c))
+
+
+def quantisation(c: config_dict.ConfigDict) -> quantizing.Settings:
+    """What `model.quantize*` says."""
+    return quantizing.Settings(c.model.quantize, c.model.quantize_embeddings)
 
 
 def stored_dtype(c: config_dict.ConfigDict) -> str:

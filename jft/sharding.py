@@ -210,9 +210,12 @@ class Layout:
         # Not behind a rule of its own: the LoRA transform follows a constraint, and the factors with it.
         return jax.lax.with_sharding_constraint(w, self.named(computed))
 
-    def weight(self, path: str, shape: Sequence[int]) -> NamedSharding:
-        """What `models.load` asks for each parameter."""
-        return self.named(self.spec(path, shape))
+    def weight(self, path: str, leaf: Any) -> Any:
+        """The sharding of a parameter (an array or its shape), or those of a quantised one's arrays: what `models.load` asks."""
+        spec = self.spec(path, leaf.shape)
+        if not tree.is_quantized(leaf):
+            return self.named(spec)
+        return jax.tree.map(lambda x: self.named(lora.divided(self.mesh, spec, x.shape)), leaf)
 
     def trainable(self, shapes: Any, params: Any) -> Any:
         """Shardings of a trainable tree: of adapters over `params`, or of the parameters themselves."""
@@ -256,7 +259,7 @@ class Layout:
     def weights(self, params: Any) -> Any:
         """The sharding of each parameter; an empty tree has none."""
         return tree.unflatten(
-            {path: self.weight(path, leaf.shape) for path, leaf in tree.flatten(params).items()}
+            {path: self.weight(path, leaf) for path, leaf in tree.flatten(params).items()}
         )
 
     def moments(self, optimizer: optax.GradientTransformation, state: Any, trainable: Any) -> Any:

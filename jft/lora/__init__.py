@@ -25,6 +25,7 @@ from jft.lora.spec import Adapters as Adapters
 from jft.lora.spec import Factors as Factors
 from jft.lora.spec import Spec as Spec
 from jft.lora.spec import check as check
+from jft.lora.spec import divided as divided
 from jft.lora.spec import init as init
 from jft.lora.spec import neutral as neutral
 from jft.lora.spec import partition_spec as partition_spec

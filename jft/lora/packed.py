@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base's array of a view, where the leaf is quantised: it stays packed until a product needs it.
 
-A quantised leaf is anything with `dequantize()` whose arrays have the dimensions of the whole but for the last (see
-`jft.quant.QArray`). The function is traced with a dense array in its place, and what it does to that array is done to
+A quantised leaf is anything with `dequantize()` whose arrays have the dimensions of the whole but for `packed_axes` (negative
+numbers; the last one where it has no such attribute), which may be shorter: see `jft.quant.QArray`. The function is traced with a dense array in its place, and what it does to that array is done to
 the packed ones where it is the same operation on each, or else remembered and done after dequantising.
 """
 
@@ -58,6 +58,13 @@ def pack(leaf: Any) -> Any:
 
 def dense(w: Any) -> jax.Array:
     return w.dense() if isinstance(w, Packed) else w
+
+
+def axes(w: Any) -> set[int]:
+    """The dimensions along which a packed one's arrays are shorter than it; none of an array's."""
+    if not isinstance(w, Packed):
+        return set()
+    return {w.ndim + axis for axis in getattr(w.leaf, "packed_axes", (-1,))}
 
 
 def cast(w: Any, dtype: Any) -> Any:

@@ -220,20 +220,23 @@ def gather(
 
 
 def _taken(w: Any, indices: jax.Array, moving: set[int], params: dict[str, Any]) -> Any:
-    """The gather of W; of a packed one without dequantising it, where its last dimension is taken whole and stays last."""
+    """The gather of W; of a packed one without dequantising it, where what its blocks run along is taken whole and stays."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     options: dict[str, Any] = {k: params[k] for k in _GATHER}
-    last = w.ndim - 1
+    short = packed.axes(w)
+    # From the first packed dimension on all must stay as they are, and at the end.
+    tail = range(min(short, default=w.ndim), w.ndim)
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims, *moving}
     out_ndim = indices.ndim - 1 + len(numbers.offset_dims)
-    stays = (
-        last not in gone and sizes[last] == w.shape[last] and out_ndim - 1 in numbers.offset_dims
+    stays = not gone & {*tail} and all(
+        sizes[i] == w.shape[i] and i - w.ndim + out_ndim in numbers.offset_dims for i in tail
     )
     bounded = params["mode"] != lax.GatherScatterMode.FILL_OR_DROP  # codes have no fill value
 
     def each(x: jax.Array) -> jax.Array:
-        last_whole: dict[str, Any] = {"slice_sizes": (*sizes[:-1], x.shape[-1])}
-        return lax.gather(x, indices, **options | last_whole)
+        own = tuple(x.shape[i] if i in tail else size for i, size in enumerate(sizes))
+        with_own: dict[str, Any] = options | {"slice_sizes": own}
+        return lax.gather(x, indices, **with_own)
 
     whole = lambda x: lax.gather(x, indices, **options)  # noqa: E731
     return packed.apply(w, whole, each=each if stays and bounded else None)

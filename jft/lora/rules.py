@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint, lax
 
-from jft.lora import emit, packed, products, views
+from jft.lora import emit, packed, products, spec, views
 
 Rule = Callable[[Any, Any, list[Any]], list[Any] | None]
 
@@ -89,14 +89,14 @@ def _dynamic_slice(view: views.View, *starts: Any, slice_sizes: Any) -> views.Vi
 
 
 def _cut(w: Any, axes: Sequence[int], cut: Callable) -> Any:
-    """W cut along some axes; cut(array, its axis, W's axis). Packed blocks lie along the last axis only."""
+    """W cut along some axes; cut(array, its axis, W's axis)."""
 
     def change(x: jax.Array) -> jax.Array:
         for i in axes:
             x = cut(x, i, i)
         return x
 
-    return packed.apply(w, change, each=None if w.ndim - 1 in axes else change)
+    return packed.apply(w, change, each=None if packed.axes(w) & {*axes} else change)
 
 
 def _split(view: views.View, *, sizes: Sequence[int], axis: int) -> list[views.View]:
@@ -164,8 +164,14 @@ def _sharded(view: views.View, to: jax.NamedSharding, move: Callable) -> views.V
         spec = jax.P(*(axes.get(n) for n in x.labels))
         return views.Part(move(x.array, jax.NamedSharding(to.mesh, spec)), x.labels)
 
-    to_place = lambda w: move(w, to)  # noqa: E731
-    return dataclasses.replace(view.each(part), w=packed.apply(view.w, to_place, each=to_place))
+    def to_place(w: jax.Array) -> jax.Array:
+        return move(w, to)
+
+    def each(w: jax.Array) -> jax.Array:
+        """A short dimension that the mesh does not divide (of scales) is whole on every device."""
+        return move(w, jax.NamedSharding(to.mesh, spec.divided(to.mesh, to.spec, w.shape)))
+
+    return dataclasses.replace(view.each(part), w=packed.apply(view.w, to_place, each=each))
 
 
 def _vary(interpreter: Any, eqn: Any, inputs: list[Any]) -> list[Any] | None:

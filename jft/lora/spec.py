@@ -8,7 +8,7 @@ kernel may have any rank; `jft.lora.layouts` says which of its dimensions are ba
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -242,3 +242,12 @@ def check(adapters: Mapping[str, Factors], params: Any) -> None:
             raise errors.UserError(
                 f"adapter {path}: shapes {got} do not fit the leaf, which needs {want[: len(got)]}"
             )
+
+
+def divided(mesh: Any, spec: jax.P, shape: Sequence[int]) -> jax.P:
+    """A spec without the mesh axes that don't divide their dimension."""
+    kept = []
+    for size, names in zip(shape, (*spec, *(None,) * (len(shape) - len(spec))), strict=True):
+        each = (names,) if isinstance(names, str) else names or ()
+        kept.append(None if size % math.prod(mesh.shape[name] for name in each) else names)
+    return jax.P(*kept)

@@ -217,8 +217,8 @@ def squeeze(view: View, axes: Sequence[int]) -> View:
     view = view.each(lambda part: part.drop(gone))
     labels = tuple(n for n in view.labels if n not in gone)
     drop = lambda w: lax.squeeze(w, axes)  # noqa: E731
-    last = view.w.ndim - 1 in axes
-    w = packed.apply(view.w, drop, each=None if last else drop)
+    before = max(axes, default=-1) < min(packed.axes(view.w), default=0)
+    w = packed.apply(view.w, drop, each=drop if before else None)
     return dataclasses.replace(view, w=w, labels=labels)
 
 

@@ -174,6 +174,7 @@ def ready(layer: Params, x_BTD: jax.Array, how: Execution) -> Params:
 
     Cast first: what is gathered has the narrower dtype.
     """
+    layer = jax.tree.map(tree.dense, layer, is_leaf=tree.is_quantized)
     if how.dtype is not None:
         layer = jax.tree.map(functools.partial(_cast, x_BTD, how.dtype), layer)
     if how.layout is None:
@@ -271,9 +272,9 @@ def head(
     `few` rows [B, D] meet a tied embedding from its other side, which XLA on CPU does in two thirds of the time.
     """
     if "head" in params:
-        logits = einsum("...D,DV->...V", x, params["head"]["kernel"].astype(x.dtype))
+        logits = einsum("...D,DV->...V", x, tree.dense(params["head"]["kernel"]).astype(x.dtype))
     else:
-        embedding = params["embed"]["embedding"].astype(x.dtype)
+        embedding = tree.dense(params["embed"]["embedding"]).astype(x.dtype)
         if few:
             logits = einsum("VD,BD->VB", embedding, x).T
         else:

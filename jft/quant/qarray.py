@@ -1,77 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An array kept in 4 or 8 bits: codes, and a scale for each block along the last dimension.
+"""An array kept in 4 or 8 bits: codes, and a scale for each block of elements along one dimension.
 
-Every array inside has the dimensions of the whole, but for the last, which is shorter: so indexing, scanning and
-sharding any dimension is the same operation on each of them, and nothing is unpacked for it.
+    value = level(code) * scale (+ offset)
 
-`nf4`   16 levels at the quantiles of a normal distribution, two codes a byte, a block's scale its largest magnitude
-        (QLoRA, https://arxiv.org/abs/2305.14314, appendix E). Bit-compatible with bitsandbytes on flattened arrays.
-`int8`  -127..127, symmetric, a block's scale its largest magnitude / 127.
+Every array inside has the dimensions of the whole, but for those that blocks run along, which are shorter: so indexing,
+scanning, sharding and gathering any other dimension is the same operation on each of them, and nothing is unpacked for it.
+
+`nf4`   16 levels at the quantiles of a normal distribution, a block's scale its largest magnitude (QLoRA,
+        https://arxiv.org/abs/2305.14314, section 3)
+`int4`  -8..7; what `quantize` makes is symmetric, -7..7, a block's scale its largest magnitude / 7
+`int8`  -128..127; likewise, -127..127
+`dynamic8`  256 levels, denser towards zero: what double quantisation keeps the scales of NF4 in
 """
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jft import errors
+from jft.quant import levels
 
-KINDS = ("nf4", "int8")
-BLOCK = 64
-
-# The levels of bitsandbytes, in float32.
-NF4_LEVELS = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
+PAIRED = ("nf4", "int4")  # two codes in a byte
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scales"],
-    meta_fields=["kind", "block", "dtype"],
+    data_fields=["codes", "scales", "offsets"],
+    meta_fields=["kind", "axis", "block", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class QArray:
-    """A quantised array.
+    """A quantised array [..., n, ...], n along `axis`.
 
     Attributes:
-      codes: int8 [..., n], or uint8 [..., n / 2] with the even element in the high half.
-      scales: float32 [..., n / block].
-      kind: one of KINDS.
+      codes: int8 (`int8`), uint8 (`dynamic8`) [..., n, ...], or uint8 [..., n / 2, ...] with two codes in a byte: element i
+        of a block's first half in the high bits, element i of its second half in the low ones. Halves of a block, not
+        neighbours: unpacked they need not be interleaved, which costs a TPU a pass through memory.
+      scales: float [..., n / block, ...], or a QArray of them (double quantisation, section 3 of the paper).
+      offsets: float, broadcast over the scales' shape, or None: added to the product (GGUF's Q4_1; the mean of the scales).
+      kind: see above.
+      axis: the blocks' dimension, a negative number, which stays right when leading dimensions go.
       block: elements that share a scale.
       dtype: of `dequantize()`.
     """
 
     codes: jax.Array
-    scales: jax.Array
+    scales: "jax.Array | QArray"
+    offsets: jax.Array | None
     kind: str
+    axis: int
     block: int
-    dtype: jnp.dtype
+    dtype: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *rest, n = self.codes.shape
-        return (*rest, 2 * n if self.kind == "nf4" else n)
+        shape = list(self.codes.shape)
+        shape[self.axis] *= 2 if self.kind in PAIRED else 1
+        return tuple(shape)
 
     @property
     def ndim(self) -> int:
@@ -79,49 +67,46 @@ class QArray:
 
     @property
     def size(self) -> int:
-        return self.codes.size * (2 if self.kind == "nf4" else 1)
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all arrays for each element."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def packed_axes(self) -> tuple[int, ...]:
+        """The dimensions, as negative numbers, that are shorter in some array than in the whole."""
+        inner = self.scales.packed_axes if isinstance(self.scales, QArray) else ()
+        return tuple(sorted({self.axis, *inner}))
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
-        """Of the codes, whose dimensions are the array's but for a shorter last one."""
+        """Of the codes, whose dimensions are the array's but for a shorter one."""
         return self.codes.sharding
 
     def dequantize(self) -> jax.Array:
-        """The values, in `dtype`."""
-        if self.kind == "nf4":
-            nibbles = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1)
-            units = jnp.asarray(NF4_LEVELS)[nibbles]
+        """The values, computed in float32, in `dtype`."""
+        at = self.codes.ndim + self.axis
+        lead, rest = self.codes.shape[:at], self.codes.shape[at + 1 :]
+        paired = self.kind in PAIRED
+        codes = self.codes.reshape(*lead, -1, self.block // (2 if paired else 1), *rest)
+        value = functools.partial(self._values, at=at)
+        if paired:
+            # Cast to `dtype` before they are put together: else XLA on TPU keeps both halves in float32.
+            x = jnp.stack([value(codes >> 4), value(codes & 15)], at + 1)
         else:
-            units = self.codes.astype(jnp.float32)
-        blocks = units.reshape(*self.scales.shape, self.block)
-        return (blocks * self.scales[..., None]).reshape(self.shape).astype(self.dtype)
+            x = value(codes)
+        return x.reshape(self.shape)
 
-
-def quantize(x: jax.Array, kind: str, *, block: int = BLOCK) -> QArray:
-    """x in blocks of `block` elements along its last dimension.
-
-    Raises:
-      UserError: the last dimension is no multiple of the block, or the kind is unknown.
-    """
-    if kind not in KINDS:
-        raise errors.UserError(f"quantize to {kind!r}: one of {', '.join(KINDS)}")
-    if x.shape[-1] % block or block % 2:
-        raise errors.UserError(
-            f"quantize: a last dimension of {x.shape[-1]} is no multiple of the block of {block} elements"
-        )
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, block)
-    largest = jnp.abs(blocks).max(-1)
-    if kind == "int8":
-        scales = largest / 127
-        codes = jnp.round(blocks / jnp.where(scales == 0, 1, scales)[..., None]).astype(jnp.int8)
-        return QArray(codes.reshape(x.shape), scales, kind, block, x.dtype)
-    units = blocks * (1 / jnp.where(largest == 0, 1, largest))[..., None]
-    middles = jnp.asarray((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2)
-    # Ties go down, as in bitsandbytes.
-    codes = jnp.searchsorted(middles, units, side="left").astype(jnp.uint8).reshape(x.shape)
-    pairs = codes.reshape(*x.shape[:-1], -1, 2)
-    return QArray((pairs[..., 0] << 4) | pairs[..., 1], largest, kind, block, x.dtype)
+    def _values(self, codes: jax.Array, *, at: int) -> jax.Array:
+        """Of codes that stand in blocks [..., n / block, codes of a block, ...]."""
+        scales = self.scales.dequantize() if isinstance(self.scales, QArray) else self.scales
+        x = levels.OF[self.kind](codes) * jnp.expand_dims(scales.astype(jnp.float32), at + 1)
+        if self.offsets is not None:
+            x = x + jnp.expand_dims(self.offsets.astype(jnp.float32), at + 1)
+        return x.astype(self.dtype)

@@ -177,7 +177,10 @@ def test_19_a_quantised_base_on_a_mesh(mode: str, kind: str) -> None:
     rng = np.random.default_rng(0)
     shapes = {"up": (L, 256, 512), "down": (L, 512, 256)}
     params = {
-        k: quant.quantize(jnp.asarray(rng.normal(size=s)) * 0.03, kind) for k, s in shapes.items()
+        k: quant.quantize(
+            jnp.asarray(rng.normal(size=s)) * 0.03, kind, axis=-2, double=kind == "nf4", stacked=1
+        )
+        for k, s in shapes.items()
     }
     spec = lora.Spec(rank=2, targets="up|down", layouts=LAYOUTS)
     adapters = lora.init(spec, params, key=jax.random.key(0))
