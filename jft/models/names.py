@@ -57,9 +57,7 @@ class Weight:
         letters = "".join(self.stored)
         return tuple(letters.index(letter) for letter in self.axes)
 
-    def apart(
-        self, tensor: np.ndarray, config: architecture.Config, block: int = 1
-    ) -> np.ndarray:
+    def apart(self, tensor: np.ndarray, config: architecture.Config, block: int = 1) -> np.ndarray:
         """One tensor of a file with every axis apart, in the file's order; see `from_file`."""
         sizes = architecture.sizes(config)
         shape = [sizes[letter] for letter in "".join(self.stored)]
