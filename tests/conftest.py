@@ -15,10 +15,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Programs are compiled once for all tests, workers and processes; most of the time goes into compiling."""
-    folder = config.cache.mkdir("jax") if config.cache else None
-    if folder is not None:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and config.pluginmanager.hasplugin(
+        "cacheprovider"
+    ):
+        assert config.cache
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ Blocks are independent of each other, so pieces of whole blocks give the bits th
 file has them, where a kernel's inputs mostly lie together; what is turned is the codes, a quarter of the bytes or less.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
