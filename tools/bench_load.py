@@ -91,8 +91,9 @@ def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
     mesh = jax.make_mesh((jax.device_count(),), ("x",))
     jax.block_until_ready([jax.device_put(np.zeros(8), device) for device in jax.devices()])
 
-    def sharding(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    def sharding(path: str, leaf: Any) -> jax.sharding.Sharding:
         """Norms replicated; kernels split along their largest dimension that can be."""
+        shape = leaf.shape
         spec: list[str | None] = [None] * len(shape)
         if "norm" not in path:
             fit = [axis for axis, n in enumerate(shape) if n % mesh.size == 0]

@@ -10,7 +10,7 @@ import jax
 
 from jft import errors
 from jft.lora import peft, spec
-from jft.models import architecture, decoder, families, gguf, hf, resolve
+from jft.models import architecture, decoder, families, gguf, hf, quantizing, resolve
 
 DTYPES = ("float32", "bfloat16")
 
@@ -67,6 +67,7 @@ def load(
     dtype: str = "float32",
     revision: str | None = None,
     shardings: hf.Shardings | None = None,
+    quantize: quantizing.Settings = quantizing.DENSE,
 ) -> Model:
     """Loads a model.
 
@@ -75,15 +76,17 @@ def load(
         embedded model (`smollm2-135m-instruct`).
       dtype: of the parameters: "float32" or "bfloat16".
       revision: of a Hub name.
-      shardings: the sharding of each parameter by path and shape; None for the default device.
+      shardings: the sharding of each parameter by path and shape, see `hf.Shardings`; None for the default device.
+      quantize: which parameters are quantised while they are loaded, and how.
 
     Raises:
       UserError: it cannot be had, is damaged, or needs something that is not implemented.
     """
     check_dtype(dtype)
+    quantize.check()
     place = pathlib.Path(resolve.resolve(path, revision))
     room = gguf if place.suffix == ".gguf" else hf
-    config, params, fingerprint = room.load(place, dtype, shardings)
+    config, params, fingerprint = room.load(place, dtype, shardings, quantize)
     pinned = resolve.commit(place) or revision or ""
     return Model(path, config, params, room.tokenizer(place), fingerprint, pinned)
 

@@ -26,11 +26,15 @@ from jft.models import (
     hf,
     names,
     pages,
+    quantizing,
 )
 
 
 def load(
-    path: str | pathlib.Path, dtype: Any, shardings: hf.Shardings | None = None
+    path: str | pathlib.Path,
+    dtype: Any,
+    shardings: hf.Shardings | None = None,
+    quantize: quantizing.Settings = quantizing.DENSE,
 ) -> tuple[architecture.Config, decoder.Params, str]:
     """A model from its file; as `hf.load`.
 
@@ -61,7 +65,7 @@ def load(
     def where(name: str) -> str:
         return f"{file.path}: {' and '.join(source.name for source in wanted[name])}"
 
-    params = hf.assemble(config, dtype, fetch, where, shardings)
+    params = hf.assemble(config, dtype, fetch, where, shardings, quantize)
     return config, params, _fingerprint(file, wanted)
 
 

@@ -9,6 +9,7 @@ configuration says; nothing is unpickled and no code of the folder is run.
 import json
 import pathlib
 import re
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jft import errors, tree
+from jft import errors, quant, tree
 from jft.models import (
     architecture,
     decoder,
@@ -25,12 +26,16 @@ from jft.models import (
     folders,
     mxfp4,
     names,
+    packing,
     pages,
     placing,
+    quantizing,
     safetensors,
 )
 
-Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # of a leaf's path and shape
+# Of a leaf's path and its shape: the leaf's sharding. For a quantised leaf it gets a QArray of shapes and gives one of
+# shardings.
+Shardings = Callable[[str, Any], Any]
 
 _CONFIG = "config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "embed/embedding"
@@ -43,14 +48,17 @@ _COMPARED = 1 << 24  # bytes at once
 
 
 def load(
-    folder: str | pathlib.Path, dtype: Any, shardings: Shardings | None = None
+    folder: str | pathlib.Path,
+    dtype: Any,
+    shardings: Shardings | None = None,
+    quantize: quantizing.Settings = quantizing.DENSE,
 ) -> tuple[architecture.Config, decoder.Params, str]:
     """A model from its folder.
 
     Args:
       folder: holds config.json and model.safetensors, or its index and shards.
       dtype: of the parameters, such as "float32" or "bfloat16".
-      shardings: as for `assemble`.
+      shardings, quantize: as for `assemble`.
 
     Returns:
       The configuration, the parameters as a nested dict of arrays, and the fingerprint of the
@@ -77,7 +85,7 @@ def load(
     def where(name: str) -> str:
         return stored[packed[name][0] if name in packed else name].where
 
-    params = assemble(config, dtype, fetch, where, shardings)
+    params = assemble(config, dtype, fetch, where, shardings, quantize)
     used = [part for name in families.tensors(config) for part in packed.get(name, (name,))]
     raw = {name: (stored[name].dtype, stored[name].shape, stored[name].raw) for name in used}
     return config, params, fingerprint.compute(raw)
@@ -103,41 +111,53 @@ def read_config(folder: str | pathlib.Path) -> architecture.Config:
 def assemble(
     config: architecture.Config,
     dtype: Any,
-    fetch: Callable[[str], np.ndarray],
+    fetch: Callable[[str], Any],
     where: Callable[[str], str],
     shardings: Shardings | None = None,
+    quantize: quantizing.Settings = quantizing.DENSE,
+    blocks: Mapping[str, quant.QArray] = types.MappingProxyType({}),
 ) -> decoder.Params:
     """Puts tensors, fetched by their Hugging Face names, into the stacked parameters on their devices.
 
     One parameter at a time is in host memory besides those that the devices keep there, as far as devices of this
-    host hold it.
+    host hold it; of one that is quantised, its packed arrays and one tensor.
 
     Args:
       config: says which tensors there are and their shapes, which the caller has checked.
-      dtype: of the parameters.
+      dtype: of the parameters, and of the values of those that are quantised.
       fetch: gives a tensor by name; called once for each that this host needs. A view of a memory
         map is released after use (see `pages`).
       where: the place of a tensor, for messages.
       shardings: the sharding of each parameter by path and shape; None for the default device.
+      quantize: which parameters are quantised, from the tensors as they are fetched.
+      blocks: parameters, by path, whose tensors `fetch` gives as QArrays in our layout: the arrays' shapes.
     """
     dtype = _float_dtype(dtype)
     stacks: dict[str, list[tuple[str, names.Weight, names.Index]]] = {}
     for name, (weight, index) in families.tensors(config).items():
         stacks.setdefault(weight.path, []).append((name, weight, index))
 
-    def leaf(path: str, shape: tuple[int, ...]) -> jax.Array:
-        sharding = shardings(path, shape) if shardings else None
-        parts = placing.parts(shape, dtype, sharding)
+    def leaf(path: str, shape: tuple[int, ...]) -> Any:
+        dense = jax.ShapeDtypeStruct(shape, dtype)
+        like = blocks[path] if path in blocks else quantizing.shape(path, dense, quantize)
+        taking = placing.Leaf(like, shardings(path, like) if shardings else None)
+        how = None if path in blocks else quantizing.way(path, shape, quantize)
         for name, weight, index in stacks[path]:
-            needing = [part for part in parts if part.meets(index)]
-            if needing:
-                tensor = fetch(name)
+            if not taking.meets(index):
+                continue
+            tensor = fetch(name)
+            if path in blocks:
+                own = tensor
+            elif how is None:
                 own = weight.from_file(tensor, config)
-                if not all(part.fill(index, own) for part in needing):
-                    raise errors.UserError(f"{where(name)}: {placing.fault(tensor, dtype)}")
+            else:
+                own = packing.quantized(tensor, weight, config, how, len(index))
+            if own is None or not taking.fill(index, own):
+                raise errors.UserError(f"{where(name)}: {placing.fault(tensor, dtype)}")
+            if path not in blocks:
                 pages.release(tensor)
         # Here the whole leaf is in hand, and nowhere else: what changes a leaf before it is placed goes here.
-        return placing.place(shape, dtype, sharding, parts)
+        return taking.place()
 
     shapes = tree.flatten(decoder.shapes(config))
     return tree.unflatten({path: leaf(path, shape.shape) for path, shape in shapes.items()})

@@ -51,11 +51,23 @@ class Weight:
         sizes = architecture.sizes(config)
         return tuple(sizes[letter] for letter in self.axes)
 
-    def from_file(self, tensor: np.ndarray, config: architecture.Config) -> np.ndarray:
-        """One tensor of a file as a view in our layout."""
-        letters, sizes = "".join(self.stored), architecture.sizes(config)
-        apart = tensor.reshape([sizes[letter] for letter in letters])
-        return apart.transpose([letters.index(letter) for letter in self.axes])
+    @property
+    def order(self) -> tuple[int, ...]:
+        """For each of our axes, which of the file's it is, their parts counted one by one."""
+        letters = "".join(self.stored)
+        return tuple(letters.index(letter) for letter in self.axes)
+
+    def apart(self, tensor: np.ndarray, config: architecture.Config, block: int = 1) -> np.ndarray:
+        """One tensor of a file with every axis apart, in the file's order; see `from_file`."""
+        sizes = architecture.sizes(config)
+        shape = [sizes[letter] for letter in "".join(self.stored)]
+        return tensor.reshape(*shape[:-1], shape[-1] // block)
+
+    def from_file(
+        self, tensor: np.ndarray, config: architecture.Config, block: int = 1
+    ) -> np.ndarray:
+        """One tensor of a file as a view in our layout; one number may stand for a block of the file's last axis."""
+        return self.apart(tensor, config, block).transpose(self.order)
 
     def to_file(self, array: np.ndarray, config: architecture.Config) -> np.ndarray:
         """The inverse of `from_file`; of a contiguous array it is a view, for only whole axes move."""

@@ -2,17 +2,20 @@
 """From tensors of files to one parameter on its devices, with no more host memory than its shards take.
 
 A parameter (a leaf) is stacked from many tensors and may lie in pieces on many devices. `Part` is a piece that a device
-of this host holds. Its buffer is filled from the tensors as they come and then becomes the device's array: on a CPU
+of this host holds. A quantised leaf has parts for each of its arrays. A part's buffer is filled from the tensors as they come and then becomes the device's array: on a CPU
 itself, for JAX keeps an aligned buffer instead of copying it; elsewhere it is sent and freed.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+
+from jft import tree
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop in each dimension of the leaf
 
@@ -51,6 +54,37 @@ class Part:
         return True
 
 
+class Leaf:
+    """A parameter on its way to its devices: parts of its array, or of each array of a QArray.
+
+    Args:
+      like: its shape, or a QArray of those of its arrays.
+      shardings: of its array or arrays, likewise; None for the default device.
+    """
+
+    def __init__(self, like: Any, shardings: Any):
+        self._shapes, self._structure = jax.tree.flatten(like)
+        placed = [None] * len(self._shapes) if shardings is None else jax.tree.leaves(shardings)
+        self._shardings = placed
+        each = zip(self._shapes, placed, strict=True)
+        self._parts = [parts(x.shape, x.dtype, sharding) for x, sharding in each]
+
+    def meets(self, index: Sequence[int]) -> bool:
+        """Whether this host needs any of the tensor at this place of the stacked axes."""
+        return any(part.meets(index) for own in self._parts for part in own)
+
+    def fill(self, index: Sequence[int], tensor: Any) -> bool:
+        """Takes in a tensor in the leaf's layout, an array or a QArray; False where a value is not finite."""
+        arrays = zip(jax.tree.leaves(tensor), self._parts, strict=True)
+        return all(part.fill(index, x) for x, own in arrays for part in own if part.meets(index))
+
+    def place(self) -> Any:
+        """The leaf on its devices; `fill` must not be called any more."""
+        each = zip(self._shapes, self._shardings, self._parts, strict=True)
+        placed = [place(x.shape, x.dtype, sharding, own) for x, sharding, own in each]
+        return jax.tree.unflatten(self._structure, placed)
+
+
 def parts(
     shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> list[Part]:
@@ -87,8 +121,10 @@ def place(
     return jax.block_until_ready(leaf)
 
 
-def fault(tensor: np.ndarray, dtype: np.dtype) -> str:
+def fault(tensor: Any, dtype: np.dtype) -> str:
     """What is wrong with a file's tensor of which some value is not finite in a dtype."""
+    if tree.is_quantized(tensor):
+        return "has a block with a scale that is not finite"
     for row in range(len(tensor)):
         if not _finite(tensor[row : row + 1]):
             return f"has a value that is not finite, in row {row}"

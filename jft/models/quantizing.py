@@ -100,8 +100,10 @@ def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOC
 def shapes(params: Any, to: Settings) -> Any:
     """Shapes of a model's parameters, those that are quantised as QArrays of shapes."""
 
-    def one(path: str, x: jax.ShapeDtypeStruct) -> Any:
-        how = way(path, x.shape, to)
-        return x if how is None else jax.eval_shape(functools.partial(how), x)
+    return tree.unflatten({path: shape(path, x, to) for path, x in tree.flatten(params).items()})
 
-    return tree.unflatten({path: one(path, x) for path, x in tree.flatten(params).items()})
+
+def shape(path: str, x: jax.ShapeDtypeStruct, to: Settings) -> Any:
+    """The shape of one parameter, or those of its QArray."""
+    how = way(path, x.shape, to)
+    return x if how is None else jax.eval_shape(functools.partial(how), x)

@@ -97,12 +97,12 @@ def _int4(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) - 8
 
 
-def _int8(codes: jax.Array) -> jax.Array:
+def _plain(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32)
 
 
 # float32 levels of codes (of which two are in a byte: apart, 0..15).
-OF = {"nf4": nf4, "int4": _int4, "int8": _int8, "dynamic8": dynamic8}
+OF = {"nf4": nf4, "int4": _int4, "uint4": _plain, "int8": _plain, "dynamic8": dynamic8}
 
 
 def nearest(x: jax.Array, kind: str) -> jax.Array:

@@ -9,6 +9,7 @@ scanning, sharding and gathering any other dimension is the same operation on ea
 `nf4`   16 levels at the quantiles of a normal distribution, a block's scale its largest magnitude (QLoRA,
         https://arxiv.org/abs/2305.14314, section 3)
 `int4`  -8..7; what `quantize` makes is symmetric, -7..7, a block's scale its largest magnitude / 7
+`uint4`  0..15, with offsets: what GGUF's Q4_1 holds
 `int8`  -128..127; likewise, -127..127
 `dynamic8`  256 levels, denser towards zero: what double quantisation keeps the scales of NF4 in
 """
@@ -24,7 +25,7 @@ from jax import lax
 
 from jft.quant import levels
 
-PAIRED = ("nf4", "int4")  # two codes in a byte
+PAIRED = ("nf4", "int4", "uint4")  # two codes in a byte
 
 
 @functools.partial(

@@ -2,6 +2,7 @@
 """From numbers to codes and scales, and how much is lost."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,13 +50,31 @@ def quantize(
             f"quantize to {kind}: dimension {at} of {list(x.shape)} is no multiple of the block of {block} elements"
         )
     found = _blocks(x, kind, at, block)
-    if not double:
-        return found
-    scales = found.scales
-    mean = scales.mean(tuple(range(stacked, x.ndim)), keepdims=True)
-    group = _group(scales.shape[-1])
-    small = _blocks(scales - mean, "dynamic8", x.ndim - 1, group)
-    return dataclasses.replace(found, scales=dataclasses.replace(small, offsets=mean))
+    return dataclasses.replace(found, scales=doubled(found.scales, stacked)) if double else found
+
+
+def doubled(scales: jax.Array, stacked: int = 0) -> qarray.QArray:
+    """Scales quantised themselves; `double` and `stacked` of `quantize`."""
+    mean = _mean(scales, stacked)
+    small = _blocks(scales - mean, "dynamic8", scales.ndim - 1, _group(scales.shape[-1]))
+    return dataclasses.replace(small, offsets=mean)
+
+
+def _mean(x: jax.Array, stacked: int) -> jax.Array:
+    """Over all but the leading dimensions, which stay, the others with length 1.
+
+    Halves are added to halves: a reduction's order depends on the program that it is in, and a model quantised tensor by
+    tensor would differ from one quantised whole.
+    """
+    lead, count = x.shape[:stacked], math.prod(x.shape[stacked:])
+    sums = x.reshape(*lead, count)
+    room = (1 << (count - 1).bit_length()) - count
+    sums = jnp.pad(sums, [(0, 0)] * stacked + [(0, room)])
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    mean = sums * np.float32(1 / count)  # a quotient is not the same on every backend
+    return mean.reshape(*lead, *[1] * (x.ndim - stacked))
 
 
 def _group(count: int) -> int:
@@ -73,7 +92,7 @@ def _blocks(x: jax.Array, kind: str, at: int, block: int) -> qarray.QArray:
     if kind in qarray.PAIRED:
         high, low = jnp.split(codes, 2, at + 1)
         codes = high << 4 | low
-    scales = largest / _LARGEST[kind]
+    scales = largest * np.float32(1 / _LARGEST[kind])
     return qarray.QArray(
         codes.reshape(*lead, -1, *rest), scales, None, kind, at - x.ndim, block, x.dtype
     )

@@ -20,7 +20,7 @@ from jft.models import architecture, decoder, families, hf, placing
 
 assert jax.device_count() == 8
 MESH = jax.make_mesh((2, 4), ("a", "b"))
-Rule = Callable[[str, tuple[int, ...]], Sharding]
+Rule = Callable[[str, Any], Sharding]
 
 
 def small(preset: str) -> architecture.Config:
@@ -62,7 +62,8 @@ def along(*axes: Any) -> Rule:
     count = int(np.prod([MESH.shape[axis] for axis in axes]))
     turn = iter(range(10**6))
 
-    def rule(path: str, shape: tuple[int, ...]) -> Sharding:
+    def rule(path: str, leaf: Any) -> Sharding:
+        shape = leaf.shape
         fit = [axis for axis, size in enumerate(shape) if size % count == 0]
         assert fit, path
         spec: list[Any] = [None] * len(shape)
@@ -76,21 +77,22 @@ def last(shape: tuple[int, ...], count: int) -> int:
     return max(axis for axis, size in enumerate(shape) if size % count == 0)
 
 
-def first_and_last(path: str, shape: tuple[int, ...]) -> Sharding:
+def first_and_last(path: str, leaf: Any) -> Sharding:
+    shape = leaf.shape
     spec: list[Any] = [None] * len(shape)
     spec[last(shape, 4)] = "b"
     spec[0] = spec[0] or "a"
     return NamedSharding(MESH, P(*spec))
 
 
-def mixed(path: str, shape: tuple[int, ...]) -> Sharding:
+def mixed(path: str, leaf: Any) -> Sharding:
     """Norms on one device that is not the default one, the rest by columns."""
     if "norm" in path:
         return jax.sharding.SingleDeviceSharding(jax.devices()[3])
-    return NamedSharding(MESH, P(*[None] * last(shape, 4), "b"))
+    return NamedSharding(MESH, P(*[None] * last(leaf.shape, 4), "b"))
 
 
-def replicated(path: str, shape: tuple[int, ...]) -> Sharding:
+def replicated(path: str, leaf: Any) -> Sharding:
     return NamedSharding(MESH, P())
 
 
@@ -118,8 +120,9 @@ def test_every_shard_equals_a_plain_load(folder: pathlib.Path, rule: str, dtype:
     asked: dict[str, Sharding] = {}
     chosen = RULES[rule]()
 
-    def shardings(path: str, shape: tuple[int, ...]) -> Sharding:
-        asked[path] = chosen(path, shape)
+    def shardings(path: str, leaf: Any) -> Sharding:
+        assert isinstance(leaf, jax.ShapeDtypeStruct) and leaf.dtype == dtype
+        asked[path] = chosen(path, leaf)
         return asked[path]
 
     _, params, same = hf.load(folder, dtype, shardings)
@@ -167,7 +170,8 @@ def test_a_host_fetches_and_holds_what_its_devices_need(monkeypatch: pytest.Monk
         fetched.add(name)
         return tensors[name]
 
-    def rule(path: str, shape: tuple[int, ...]) -> Any:
+    def rule(path: str, leaf: Any) -> Any:
+        shape = leaf.shape
         split = len(shape) == 4 and shape[:2] == (8, 8)  # [L, E, in, out]
         spec = P("a", "b") if split else P()
         return OneHost(NamedSharding(MESH, spec), 3)

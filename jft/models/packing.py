@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tensor of a file to the codes and scales of a QArray, on the host, piece by piece.
+
+Blocks are independent of each other, so pieces of whole blocks give the bits that the whole gives. They are taken as the
+file has them, where a kernel's inputs mostly lie together; what is turned is the codes, a quarter of the bytes or less.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jft import quant
+from jft.models import architecture, names, pages, quantizing
+
+_PIECE = 1 << 24  # numbers at a time
+
+
+def quantized(
+    tensor: np.ndarray,
+    weight: names.Weight,
+    config: architecture.Config,
+    how: quantizing.Way,
+    gone: int,
+) -> quant.QArray | None:
+    """A tensor as a QArray of numpy arrays in our layout; None where a value is not finite.
+
+    Args:
+      tensor: as the file has it. The pages of a memory map are released after use.
+      weight: its row of the table.
+      config: of the model.
+      how: its leaf is quantised.
+      gone: leading dimensions of the leaf that the tensor lacks.
+    """
+    apart, order = weight.apart(tensor, config), weight.order
+    axis, kind, block = order[how.axis], how.kind, how.block
+    with jax.default_device(_device()):
+        parts = [_blocks(x, kind, axis, block) for x in _pieces(apart, axis, block)]
+        codes, scales = (_joined(own).transpose(order) for own in zip(*parts, strict=True))
+        if not np.isfinite(scales).all():
+            return None
+        if how.double:
+            scales = jax.tree.map(np.asarray, _doubled(scales, how.stacked - gone))
+    return quant.QArray(codes, scales, None, kind, how.axis, block, np.dtype(np.float32))
+
+
+def _pieces(apart: np.ndarray, axis: int, block: int) -> Iterator[np.ndarray]:
+    """Along the first axis, blocks whole."""
+    unit = block if axis == 0 else 1
+    step = unit * max(1, _PIECE // (unit * math.prod(apart.shape[1:])))
+    for start in range(0, len(apart), step):
+        piece = apart[start : start + step]
+        yield piece
+        pages.release(piece)
+
+
+def _blocks(x: np.ndarray, kind: str, axis: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    q = _quantize(x, kind, axis, block)
+    return np.asarray(q.codes), np.asarray(q.scales)
+
+
+_quantize = jax.jit(
+    lambda x, kind, axis, block: quant.quantize(x, kind, axis=axis, block=block),
+    static_argnums=(1, 2, 3),
+)
+_doubled = jax.jit(quant.doubled, static_argnums=1)
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _device() -> jax.Device:
+    """A CPU, where this process may use one; else its first device."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others only
+        return jax.local_devices()[0]
