@@ -26,6 +26,7 @@ class Model:
       tokenizer: a transformers tokenizer.
       fingerprint: of the tensors as stored; the same for every dtype that they are loaded in.
       revision: of a Hub name: the commit that was loaded; "" for other places.
+      notes: what became of the stored numbers where it is not plain, for people.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Model:
     tokenizer: Any
     fingerprint: str
     revision: str = ""
+    notes: tuple[str, ...] = ()
 
     def apply(
         self,
@@ -88,7 +90,8 @@ def load(
     room = gguf if place.suffix == ".gguf" else hf
     config, params, fingerprint = room.load(place, dtype, shardings, quantize)
     pinned = resolve.commit(place) or revision or ""
-    return Model(path, config, params, room.tokenizer(place), fingerprint, pinned)
+    notes = room.notes(place, quantize) if quantize else ()
+    return Model(path, config, params, room.tokenizer(place), fingerprint, pinned, notes)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:

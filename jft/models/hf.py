@@ -108,6 +108,18 @@ def read_config(folder: str | pathlib.Path) -> architecture.Config:
     return families.from_hf(folders.read_json(path), str(path))
 
 
+def notes(folder: str | pathlib.Path, quantize: quantizing.Settings) -> tuple[str, ...]:
+    """What becomes of tensors that are stored as blocks in a model that is loaded quantised, for people."""
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    rows = families.tensors(config)
+    packed = _packed(_by_full_names(safetensors.read_folder(folder), config), rows)
+    paths = [rows[name][0].path for name in packed]
+    count = sum(quantizing.kind(path, quantize) != quantizing.NONE for path in paths)
+    told = f"{folder.name}: {count} MXFP4 tensors are dequantised and quantised again"
+    return (told,) if count else ()
+
+
 def assemble(
     config: architecture.Config,
     dtype: Any,

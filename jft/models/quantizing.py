@@ -71,6 +71,11 @@ class Way:
         )
 
 
+def kind(path: str, to: Settings) -> str:
+    """What the leaf of this path is quantised to, or NONE."""
+    return tree.lookup(((_KERNELS, to.kind), (_EMBEDDINGS, to.embeddings)), path) or NONE
+
+
 def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOCK) -> Way | None:
     """How the leaf of this path and shape is quantised; None where it stays as it is.
 
@@ -80,9 +85,8 @@ def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOC
     Raises:
       UserError: no dimension is a multiple of the block.
     """
-    rules = ((_KERNELS, to.kind), (_EMBEDDINGS, to.embeddings))
-    kind = tree.lookup(rules, path) or NONE
-    if kind == NONE:
+    own = kind(path, to)
+    if own == NONE:
         return None
     layout = layouts.find(architecture.LAYOUTS, path, len(shape))
     if path == "embed/embedding":
@@ -92,9 +96,9 @@ def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOC
     if not fit:
         sizes = " and ".join(str(shape[i]) for i in axes)
         raise errors.UserError(
-            f"model.quantize={kind}: {path} {list(shape)} has dimensions of {sizes}, and none is a multiple of a block of {block}"
+            f"model.quantize={own}: {path} {list(shape)} has dimensions of {sizes}, and none is a multiple of a block of {block}"
         )
-    return Way(kind, fit[0], block, kind == "nf4", layout.count("b"))
+    return Way(own, fit[0], block, own == "nf4", layout.count("b"))
 
 
 def shapes(params: Any, to: Settings) -> Any:
