@@ -57,7 +57,7 @@ def load(
     tensors = families.tensors(config)
     wanted = {name: _sources(config, *place) for name, place in tensors.items()}
 
-    leaves = gguf_packed.leaves(file, config, quantize, dtype)
+    leaves = gguf_packed.leaves(file, config, quantize, hf.float_dtype(dtype))
 
     def fetch(name: str) -> Any:
         weight, _ = tensors[name]
@@ -77,6 +77,15 @@ def load(
 def read_config(path: str | pathlib.Path) -> architecture.Config:
     """The configuration alone."""
     return gguf_config.read(gguf_file.read(path))
+
+
+def shapes(path: str | pathlib.Path, dtype: Any, quantize: quantizing.Settings) -> dict[str, Any]:
+    """Shapes of the parameters by path, those that are quantised as QArrays of shapes."""
+    file = gguf_file.read(path)
+    config = gguf_config.read(file)
+    _match(config, file)
+    leaves = gguf_packed.leaves(file, config, quantize, hf.float_dtype(dtype))
+    return hf.expected(config, dtype, quantize, {path: own.like for path, own in leaves.items()})
 
 
 def notes(path: str | pathlib.Path, quantize: quantizing.Settings) -> tuple[str, ...]:

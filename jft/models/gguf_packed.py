@@ -89,7 +89,7 @@ def _parts(rows: np.ndarray, kind: str) -> list[np.ndarray]:
 
 
 def leaves(
-    file: gguf_file.File, config: architecture.Config, to: quantizing.Settings, dtype: Any
+    file: gguf_file.File, config: architecture.Config, to: quantizing.Settings, dtype: np.dtype
 ) -> dict[str, Leaf]:
     """The parameters that keep their blocks, by path: of the kind that is asked for, with blocks along the inputs."""
     found = {}
@@ -125,7 +125,7 @@ def _axis(row: gguf_names.Row) -> int:
     return -behind - (row.place is not None)
 
 
-def _like(kind: str, shape: tuple[int, ...], axis: int, dtype: Any) -> quant.QArray:
+def _like(kind: str, shape: tuple[int, ...], axis: int, dtype: np.dtype) -> quant.QArray:
     def shorter(by: int, dtype: Any) -> jax.ShapeDtypeStruct:
         sizes = list(shape)
         sizes[axis] //= by
@@ -134,7 +134,7 @@ def _like(kind: str, shape: tuple[int, ...], axis: int, dtype: Any) -> quant.QAr
     codes = shorter(1, np.int8) if kind == "Q8_0" else shorter(2, np.uint8)
     scales = shorter(BLOCK, np.float16)
     offsets = scales if kind == "Q4_1" else None
-    return quant.QArray(codes, scales, offsets, _KINDS[kind], axis, BLOCK, np.dtype(dtype))
+    return quant.QArray(codes, scales, offsets, _KINDS[kind], axis, BLOCK, dtype)
 
 
 def notes(
@@ -142,7 +142,7 @@ def notes(
 ) -> tuple[str, ...]:
     """What becomes of the file's blocks, for people; nothing of a file of floats."""
     kept, again = collections.Counter[str](), collections.Counter[str]()
-    own = leaves(file, config, to, np.float32)
+    own = leaves(file, config, to, np.dtype(np.float32))
     for path in tree.flatten(decoder.shapes(config)):
         if quantizing.kind(path, to) == quantizing.NONE:
             continue

@@ -16,6 +16,7 @@ from jft.lora import layouts
 from jft.models import architecture
 
 NONE = "none"
+KEYS = ("quantize", "quantize_embeddings")  # of the configuration's `model`
 EMBEDDING_KINDS = (NONE, "int8")
 _EMBEDDINGS = r"embed/embedding|head/kernel"
 _KERNELS = r"layers/(attention|mlp|experts)/\w+/kernel"
@@ -35,6 +36,9 @@ class Settings:
 
     def __bool__(self) -> bool:
         return (self.kind, self.embeddings) != (NONE, NONE)
+
+    def __str__(self) -> str:
+        return f"quantize={self.kind} and quantize_embeddings={self.embeddings}"
 
     def check(self) -> None:
         """Raises UserError for a kind that there is not."""
