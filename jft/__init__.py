@@ -10,12 +10,20 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str, *, dtype: str = "float32", revision: str | None = None, shardings: Any = None
+    path: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    shardings: Any = None,
+    quantize: str = "none",
+    quantize_embeddings: str = "none",
 ) -> Any:
     """A model by folder, Hub name or .gguf; see `jft.models.load`."""
     from jft import models
+    from jft.models import quantizing
 
-    return models.load(path, dtype=dtype, revision=revision, shardings=shardings)
+    settings = quantizing.Settings(quantize, quantize_embeddings)
+    return models.load(path, dtype=dtype, revision=revision, shardings=shardings, quantize=settings)
 
 
 def train(config: Any, *, fresh: bool = False) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jft
 from jft import errors, lora, runs, sources, tree
 from jft.data import encoding, load
 from jft.lora import peft
-from jft.models import architecture, export, families, names, shards
+from jft.models import architecture, export, families, names, packed_folder, quantizing, shards
 
 FORMATS = ("hf", "gguf")
 _KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -35,6 +35,7 @@ class Target:
       format: "hf" or "gguf"; "" = gguf where `out` ends in .gguf.
       dtype: of the numbers written; "" = as they are stored. q8_0 is for gguf alone.
       max_shard_size: of a folder's files, in bytes.
+      quantize: writes a quantised base instead, which is loaded without the original; a folder.
       force: write over what is there, and take a base that has changed since training.
     """
 
@@ -43,6 +44,7 @@ class Target:
     dtype: str = ""
     max_shard_size: int = export.MAX_SHARD_SIZE
     force: bool = False
+    quantize: quantizing.Settings = quantizing.DENSE
 
     @property
     def gguf(self) -> bool:
@@ -61,6 +63,11 @@ class Target:
         if self.dtype and self.dtype not in known:
             kind = "a .gguf file" if self.gguf else "a folder"
             raise errors.UserError(f"--dtype={self.dtype}: {kind} has one of {', '.join(known)}")
+        self.quantize.check()
+        if self.quantize and self.gguf:
+            raise errors.UserError(
+                f"--out={self.out}: --quantize writes a folder; a .gguf of 8-bit blocks is --dtype=q8_0"
+            )
         for place in used:
             if place.exists() and self.out.exists() and self.out.samefile(place):
                 raise errors.UserError(f"--out={self.out}: is what is read; name another place")
@@ -77,7 +84,10 @@ class Target:
 def export_model(target: Target, model: str, revision: str | None = None) -> dict[str, Any]:
     """Writes a model in another form."""
     target.check(pathlib.Path(model))
-    return _write(target, sources.base(model, revision=revision, dtype=target.float_dtype), {})
+    base = sources.base(
+        model, revision=revision, dtype=target.float_dtype, quantize=target.quantize
+    )
+    return _write(target, base, {})
 
 
 def import_model(target: Target, model: str, revision: str | None = None) -> dict[str, Any]:
@@ -126,6 +136,9 @@ def merge(
     """
     found = sources.adapter(adapter)
     name = model or found.base
+    if found.sidecar and name == found.base:
+        name, own = sources.original(name, found.revision)
+        found = dataclasses.replace(found, base=name, revision=own)
     if not name:
         raise errors.UserError(
             f"{found.folder}: does not say which base it belongs to; give --model"
@@ -194,14 +207,22 @@ def _write_folder(target: Target, base: sources.Base, record: Mapping[str, Any])
         stop=_stop(base),
         max_shard_size=target.max_shard_size,
         record={"jft": jft.__version__, **record},
+        origin=_origin(base, target.quantize) if target.quantize else None,
         force=target.force,
     )
-    return {
+    quantized = {"quantize": dataclasses.asdict(target.quantize)} if target.quantize else {}
+    return quantized | {
         "dtype": written.dtype,
         "bytes": written.weight_bytes,
         "files": list(written.files),
         "fingerprint": written.fingerprint,
     }
+
+
+def _origin(base: sources.Base, settings: quantizing.Settings) -> packed_folder.Origin:
+    here = pathlib.Path(base.name).expanduser().exists()
+    name = str(base.place.resolve()) if here else base.name
+    return packed_folder.Origin(name, base.revision, base.fingerprint, settings)
 
 
 def _stop(base: sources.Base) -> set[int]:
@@ -243,7 +264,9 @@ def render(found: Mapping[str, Any], *, config: bool = False) -> str:
         lines += [f"adapter      {found['adapter']}", *_survival(found["survival"])]
     if "system" in found:
         lines.append(f"trained with the system message {found['system']!r}: send it along")
-    size = f"{found['bytes'] / 1e6:,.1f} MB of {found['dtype']}"
+    own = found.get("quantize")
+    kinds = f"{own['kind']} (embeddings: {own['embeddings']}), rest" if own else ""
+    size = f"{found['bytes'] / 1e6:,.1f} MB of {kinds} {found['dtype']}".replace("  ", " ")
     files = "" if found["format"] == "gguf" else f" in {len(found['files'])} files"
     lines.append(f"wrote        {found['out']}: {size}{files}")
     if "fingerprint" in found:

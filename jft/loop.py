@@ -98,6 +98,7 @@ def _announce(job: jobs.Job) -> None:
     trained, total = tree.size(job.trainable), tree.size(job.model.params)
     print(
         f"{job.model.name}: {total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %)",
+        *job.model.notes,
         *load.lines(job.data.report),
         f"{job.steps} steps of {job.config.batch_size} rows x {job.batches.length} tokens"
         f" ({100 * job.batches.padding:.0f} % padding), {job.program.micro_batch} rows at a time",

@@ -29,7 +29,7 @@ from jft import config as configuration
 from jft import errors, hosts, lora, models, sharding, transfer
 from jft.data import encoding, load, tokenised
 from jft.lora import peft
-from jft.models import export
+from jft.models import export, quantizing
 
 SIDECAR = "jft.json"
 PACKAGES = (
@@ -53,6 +53,21 @@ class Sidecar:
     step: int
     scores: dict[str, float]
     training: dict[str, Any]
+
+    @property
+    def quantize(self) -> quantizing.Settings:
+        """How the base was quantised that an adapter was trained on."""
+        model = self.training.get("model", {}) if self.kind == "lora" else {}
+        kind, embeddings = (model.get(k, quantizing.NONE) for k in quantizing.KEYS)
+        return quantizing.Settings(kind, embeddings)
+
+    def other_base(self, used: quantizing.Settings) -> str:
+        """What is to be said of an adapter on a base that is quantised otherwise than in training; "" of any other."""
+        if self.kind != "lora" or self.quantize == used:
+            return ""
+        return (
+            f"the adapter was trained on {self.base} with {self.quantize}, and is used with {used}"
+        )
 
 
 def claim(folder: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) -> None:
@@ -207,6 +222,7 @@ def open_result(
     adapter: bool = True,
     force: bool = False,
     shardings: Any = None,
+    quantize: quantizing.Settings | None = None,
 ) -> tuple[models.Model, lora.Adapters, Sidecar]:
     """The model and adapter of a `best/` or `last/` folder.
 
@@ -215,6 +231,7 @@ def open_result(
       adapter: False gives the base alone.
       force: accept a base whose fingerprint differs.
       shardings: of the model's parameters, see `models.load`.
+      quantize: of the base; None: as in training.
 
     Raises:
       UserError: it is no such folder, or the base is not the one that it was trained on.
@@ -227,6 +244,7 @@ def open_result(
         dtype=sidecar.dtype,
         revision=None if own_weights else sidecar.revision or None,
         shardings=shardings,
+        quantize=sidecar.quantize if quantize is None else quantize,
     )
     if not own_weights and model.fingerprint != sidecar.fingerprint and not force:
         raise errors.UserError(

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from jft.models import (
     gguf,
     gguf_file,
     hf,
+    packed_folder,
+    quantizing,
     resolve,
     safetensors,
     shards,
@@ -143,7 +146,21 @@ def _instead(place: pathlib.Path) -> str:
     return "; it holds a whole model" if (place / "config.json").exists() else ""
 
 
-def base(name: str, *, revision: str | None = None, dtype: str | None = None) -> Base:
+def original(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Name and revision of what a quantised base was made of; of every other model, its own."""
+    if not packed_folder.is_one(pathlib.Path(name)):
+        return name, revision
+    made_of = packed_folder.origin(pathlib.Path(name))
+    return made_of.base, made_of.revision
+
+
+def base(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    quantize: quantizing.Settings = quantizing.DENSE,
+) -> Base:
     """Loads a model to the host.
 
     Args:
@@ -151,42 +168,56 @@ def base(name: str, *, revision: str | None = None, dtype: str | None = None) ->
       revision: of a Hub name.
       dtype: of the parameters; None keeps what is stored: each parameter's own float type (the widest of its tensors), and
         float32 for blocks of a quantised GGUF file.
+      quantize: which parameters are quantised, and how.
 
     Raises:
       UserError: it cannot be had, or is damaged or not implemented.
     """
     place = resolve.resolve(name, revision)
+    if packed_folder.is_one(place):
+        made_of = packed_folder.origin(place).base
+        raise errors.UserError(f"{name}: holds a quantised base; give its original: {made_of}")
     room = gguf if place.suffix == ".gguf" else hf
     if dtype:
-        config, params, fingerprint = _on_host(room.load, place, dtype)
+        config, params, fingerprint = _on_host(room.load, place, dtype, quantize)
     elif room is gguf:
-        config, params, fingerprint = _on_host(gguf.load, place, "float32")
+        config, params, fingerprint = _on_host(gguf.load, place, "float32", quantize)
         params = _narrowed(params, place)
     else:
-        config, params, fingerprint = _as_stored(place)
+        config, params, fingerprint = _as_stored(place, quantize)
     return Base(
         name, resolve.commit(place), place, config, params, room.tokenizer(place), fingerprint
     )
 
 
 def _on_host(
-    load: Any, place: pathlib.Path, dtype: Any
+    load: Any, place: pathlib.Path, dtype: Any, quantize: quantizing.Settings
 ) -> tuple[architecture.Config, decoder.Params, str]:
     """A model with its parameters as numpy arrays, views where they lie in this memory already."""
     with jax.enable_x64(True):  # float64 files keep their bits
-        config, params, fingerprint = load(place, dtype)
+        config, params, fingerprint = load(place, dtype, None, quantize)
     return config, jax.tree.map(np.asarray, params), fingerprint
 
 
-def _as_stored(folder: pathlib.Path) -> tuple[architecture.Config, decoder.Params, str]:
+def _as_stored(
+    folder: pathlib.Path, quantize: quantizing.Settings
+) -> tuple[architecture.Config, decoder.Params, str]:
     stored, own = _dtypes(folder), dict[str, Any]()
     for name, (weight, _) in families.tensors(hf.read_config(folder)).items():
         # What is stored as blocks (MXFP4) has another name; bfloat16 holds its values exactly.
         dtype = stored.get(name, "bfloat16")
         own[weight.path] = jnp.promote_types(dtype, own.get(weight.path, dtype))
-    config, params, fingerprint = _on_host(hf.load, folder, shards.widest(own.values()))
-    leaves = {k: x.astype(own[k], copy=False) for k, x in tree.flatten(params).items()}
-    return config, tree.unflatten(leaves), fingerprint
+    config, params, fingerprint = _on_host(hf.load, folder, shards.widest(own.values()), quantize)
+    cast = lambda path, x: x.astype(own[path], copy=False)  # noqa: E731
+    return config, _each_dense(params, cast), fingerprint
+
+
+def _each_dense(params: decoder.Params, change: Callable[[str, np.ndarray], Any]) -> decoder.Params:
+    """The parameters with those changed that are not quantised."""
+    leaves = tree.flatten(params)
+    return tree.unflatten(
+        {path: x if tree.is_quantized(x) else change(path, x) for path, x in leaves.items()}
+    )
 
 
 def _dtypes(folder: pathlib.Path) -> dict[str, str]:
@@ -211,7 +242,7 @@ def _narrowed(params: decoder.Params, path: pathlib.Path) -> decoder.Params:
     narrow = [_GGUF_FLOATS[kind] for kind in kinds & {1, 30}]
     if not kinds <= _GGUF_FLOATS.keys() or len(narrow) != 1:
         return params
-    return tree.unflatten({k: _exact(x, narrow[0]) for k, x in tree.flatten(params).items()})
+    return _each_dense(params, lambda _, x: _exact(x, narrow[0]))
 
 
 def _exact(leaf: np.ndarray, dtype: str) -> np.ndarray:

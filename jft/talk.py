@@ -10,6 +10,7 @@ from typing import Any
 
 from jft import answers, errors, generate, lora, models, runs, sources
 from jft.data import encoding, load
+from jft.verbs import parsing
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -76,7 +77,12 @@ def _open_run(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters, s
     asked = flags.adapter or "best"
     folder = sources.result_folder(flags.run, asked)
     own = asked in ("best", "last")
-    model, adapters, sidecar = runs.open_result(folder, adapter=own, force=flags.force)
+    sidecar = runs.read_sidecar(folder)
+    used = parsing.quantize(flags, sidecar.quantize)
+    model, adapters, sidecar = runs.open_result(
+        folder, adapter=own, force=flags.force, quantize=used
+    )
+    _say(*model.notes, sidecar.other_base(used) if own else "")
     if own or asked == "none":
         return model, adapters, sidecar.system, folder if own else "no adapter"
     return model, model.load_adapter(asked), sidecar.system, asked
@@ -86,7 +92,11 @@ def _open_model(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters,
     """The model with its own template, or with those of training where the adapter knows them."""
     asked = None if flags.adapter in (None, "none") else sources.adapter(flags.adapter)
     revision = asked.revision_of(flags.model, flags.revision) if asked else flags.revision
-    model = models.load(flags.model, dtype=flags.dtype or "float32", revision=revision)
+    used = parsing.quantize(flags)
+    model = models.load(
+        flags.model, dtype=flags.dtype or "float32", revision=revision, quantize=used
+    )
+    _say(*model.notes, asked.sidecar.other_base(used) if asked and asked.sidecar else "")
     if asked is None:
         record = sources.model_record(pathlib.Path(flags.model))
         return model, {}, record.get("system", ""), "no adapter"
@@ -119,6 +129,12 @@ def _answer_file(
     _note(
         f"{where}{len(lines)} answers, {found.cut} cut at --max_new_tokens={flags.max_new_tokens}"
     )
+
+
+def _say(*notes: str) -> None:
+    for note in notes:
+        if note:
+            _note(note)
 
 
 def _note(text: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from jft import errors
+from jft import errors, tree
 from jft.lora import peft, spec
-from jft.models import architecture, decoder, families, gguf, hf, quantizing, resolve
+from jft.models import architecture, decoder, families, gguf, hf, packed_folder, quantizing, resolve
 
 DTYPES = ("float32", "bfloat16")
 
@@ -26,6 +26,7 @@ class Model:
       tokenizer: a transformers tokenizer.
       fingerprint: of the tensors as stored; the same for every dtype that they are loaded in.
       revision: of a Hub name: the commit that was loaded; "" for other places.
+      notes: what became of the stored numbers where it is not plain, for people.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Model:
     tokenizer: Any
     fingerprint: str
     revision: str = ""
+    notes: tuple[str, ...] = ()
 
     def apply(
         self,
@@ -72,12 +74,12 @@ def load(
     """Loads a model.
 
     Args:
-      path: a folder (config.json, safetensors, tokenizer), a .gguf file, a Hub name, or the name of an
+      path: a folder (config.json, safetensors, tokenizer) of a model or of a quantised base, a .gguf file, a Hub name, or the name of an
         embedded model (`smollm2-135m-instruct`).
       dtype: of the parameters: "float32" or "bfloat16".
       revision: of a Hub name.
       shardings: the sharding of each parameter by path and shape, see `hf.Shardings`; None for the default device.
-      quantize: which parameters are quantised while they are loaded, and how.
+      quantize: which parameters are quantised while they are loaded, and how; of a quantised base, what it holds.
 
     Raises:
       UserError: it cannot be had, is damaged, or needs something that is not implemented.
@@ -85,10 +87,11 @@ def load(
     check_dtype(dtype)
     quantize.check()
     place = pathlib.Path(resolve.resolve(path, revision))
-    room = gguf if place.suffix == ".gguf" else hf
+    room = _room(place)
     config, params, fingerprint = room.load(place, dtype, shardings, quantize)
     pinned = resolve.commit(place) or revision or ""
-    return Model(path, config, params, room.tokenizer(place), fingerprint, pinned)
+    notes = room.notes(place, quantize) if quantize else ()
+    return Model(path, config, params, room.tokenizer(place), fingerprint, pinned, notes)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
@@ -98,4 +101,29 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
       UserError: it cannot be had or is damaged.
     """
     place = resolve.resolve(path, revision, without_weights=True)
-    return (gguf if place.suffix == ".gguf" else hf).tokenizer(place)
+    return _room(place).tokenizer(place)
+
+
+def shapes(
+    path: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    quantize: quantizing.Settings = quantizing.DENSE,
+) -> decoder.Params:
+    """Shapes of the parameters that `load` would give, without reading weights: of a Hub name they are not fetched.
+
+    Where blocks of a .gguf file are kept, or a folder holds a quantised base, they are not those of `quantizing.shapes`.
+
+    Raises:
+      UserError: it cannot be had or is damaged, or a shape does not allow the quantisation.
+    """
+    place = resolve.resolve(path, revision, without_weights=True)
+    return tree.unflatten(_room(place).shapes(place, dtype, quantize))
+
+
+def _room(place: pathlib.Path) -> Any:
+    """The module that reads what is there."""
+    if place.suffix == ".gguf":
+        return gguf
+    return packed_folder if packed_folder.is_one(place) else hf

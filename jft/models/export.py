@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft import errors, tree
-from jft.models import architecture, families, fingerprint, safetensors, shards
+from jft.models import architecture, families, fingerprint, packed_folder, safetensors, shards
 
 RECORD = "jft.json"  # says what a folder of ours is
 MAX_SHARD_SIZE = 5_000_000_000
@@ -27,6 +27,7 @@ _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 # Parts of a model: what another model's folder may hold of these would be mixed with ours.
 _PARTS = (
     *(_CONFIG, "generation_config.json", _INDEX, "model*.safetensors", RECORD),
+    *(packed_folder.RECORD, "quantized*.safetensors"),
     *(
         "tokenizer.*",
         "tokenizer_config.json",
@@ -47,7 +48,7 @@ class Written:
       files: the names of its files.
       weight_bytes: of all tensors.
       dtype: of config.json, in which every tensor fits.
-      fingerprint: of the tensors as written; what `hf.load` of the folder gives.
+      fingerprint: of the tensors as written, or of those that a quantised base was made of; what loading gives.
     """
 
     folder: pathlib.Path
@@ -67,6 +68,7 @@ def save(
     stop: Collection[int] = (),
     max_shard_size: int = MAX_SHARD_SIZE,
     record: Mapping[str, Any] | None = None,
+    origin: packed_folder.Origin | None = None,
     force: bool = False,
 ) -> Written:
     """Writes the folder.
@@ -79,6 +81,7 @@ def save(
       dtype: of the tensors; None keeps each parameter's own.
       stop: ids that end generation, beside the tokenizer's end token.
       max_shard_size: in bytes; a larger tensor has a file of its own.
+      origin: writes a quantised base, which was made of this: quantised parameters are written as they are.
       record: what jft.json says beside the fingerprint.
       force: see `check_target`.
 
@@ -92,7 +95,13 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            written = _write(part, config, params, tokenizer, dtype, stop, max_shard_size)
+            leaves = tree.flatten(params)
+            if origin is None:
+                tensors, own = _write_weights(part, config, leaves, dtype, max_shard_size)
+            else:
+                tensors = packed_folder.write(part, leaves, origin, max_shard_size)
+                own = origin.fingerprint
+            written = _write_rest(part, config, tokenizer, stop, tensors, own)
             said = {"kind": "model"} | dict(record or {})
             _write_json(part / RECORD, said | {"fingerprint": written.fingerprint})
             files = tuple(sorted(path.name for path in part.iterdir()))
@@ -138,25 +147,36 @@ def kind(folder: pathlib.Path) -> Any:
         return None
 
 
-def _write(
+def _write_weights(
     part: pathlib.Path,
     config: architecture.Config,
-    params: Any,
-    tokenizer: Any,
+    leaves: Mapping[str, Any],
     dtype: str | None,
-    stop: Collection[int],
     max_shard_size: int,
-) -> Written:
-    leaves = tree.flatten(params)
+) -> tuple[list[shards.Tensor], str]:
+    """Writes the files of weights and their index; what they hold, and its fingerprint."""
     tensors = _tensors(config, leaves, dtype)
     files = shards.split(tensors, max_shard_size)
     for file, own in files.items():
         shards.write(part / file, own, _arrays(own, leaves, config))
-    total = sum(tensor.nbytes for tensor in tensors)
     if len(files) > 1:
+        total = sum(tensor.nbytes for tensor in tensors)
         placed = {tensor.name: file for file, own in files.items() for tensor in own}
         _write_json(part / _INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
-    widest = shards.widest(tensor.dtype for tensor in tensors)
+    return tensors, _fingerprint(part / file for file in files)
+
+
+def _write_rest(
+    part: pathlib.Path,
+    config: architecture.Config,
+    tokenizer: Any,
+    stop: Collection[int],
+    tensors: Sequence[shards.Tensor],
+    own: str,
+) -> Written:
+    """Writes config.json and what belongs to the tokenizer, beside weights with a fingerprint of their own."""
+    floats = [tensor.dtype for tensor in tensors if tensor.dtype.name in shards.DTYPES]
+    widest = shards.widest(floats)
     # torch_dtype is what releases of transformers before 4.56 look for.
     described = families.to_hf(config) | {"dtype": widest, "torch_dtype": widest}
     # Null, too, where there is none: an absent id becomes the family's, which may lie beyond a small vocabulary.
@@ -165,7 +185,7 @@ def _write(
     if tokenizer is not None:
         _save_tokenizer(part, tokenizer)
         _write_json(part / "generation_config.json", _generation(ids, stop))
-    return Written(part, (), total, widest, _fingerprint(part / file for file in files))
+    return Written(part, (), sum(tensor.nbytes for tensor in tensors), widest, own)
 
 
 def _tensors(

@@ -21,6 +21,7 @@ from jft.models import (
     gguf_config,
     gguf_file,
     gguf_names,
+    gguf_packed,
     gguf_rope,
     gguf_tokenizer,
     hf,
@@ -41,7 +42,7 @@ def load(
     Args:
       path: the .gguf file; any block type that the `gguf` package can dequantise.
       dtype: of the parameters, such as "float32".
-      shardings: as in `hf.load`.
+      shardings, quantize: as in `hf.load`; blocks of the kind that is asked for are kept, see `gguf_packed`.
 
     Returns:
       The configuration, the parameters as a nested dict of arrays, and the fingerprint of the
@@ -56,22 +57,41 @@ def load(
     tensors = families.tensors(config)
     wanted = {name: _sources(config, *place) for name, place in tensors.items()}
 
-    def fetch(name: str) -> np.ndarray:
+    leaves = gguf_packed.leaves(file, config, quantize, hf.float_dtype(dtype))
+
+    def fetch(name: str) -> Any:
+        weight, _ = tensors[name]
+        if leaf := leaves.get(weight.path):
+            return leaf.join([source.packed(file, config, leaf) for source in wanted[name]])
         parts = [source.read(file, config) for source in wanted[name]]
-        return tensors[name][0].to_file(
-            parts[0] if len(parts) == 1 else np.stack(parts, -1), config
-        )
+        return weight.to_file(parts[0] if len(parts) == 1 else np.stack(parts, -1), config)
 
     def where(name: str) -> str:
         return f"{file.path}: {' and '.join(source.name for source in wanted[name])}"
 
-    params = hf.assemble(config, dtype, fetch, where, shardings, quantize)
+    blocks = {path: leaf.like for path, leaf in leaves.items()}
+    params = hf.assemble(config, dtype, fetch, where, shardings, quantize, blocks)
     return config, params, _fingerprint(file, wanted)
 
 
 def read_config(path: str | pathlib.Path) -> architecture.Config:
     """The configuration alone."""
     return gguf_config.read(gguf_file.read(path))
+
+
+def shapes(path: str | pathlib.Path, dtype: Any, quantize: quantizing.Settings) -> dict[str, Any]:
+    """Shapes of the parameters by path, those that are quantised as QArrays of shapes."""
+    file = gguf_file.read(path)
+    config = gguf_config.read(file)
+    _match(config, file)
+    leaves = gguf_packed.leaves(file, config, quantize, hf.float_dtype(dtype))
+    return hf.expected(config, dtype, quantize, {path: own.like for path, own in leaves.items()})
+
+
+def notes(path: str | pathlib.Path, quantize: quantizing.Settings) -> tuple[str, ...]:
+    """What becomes of the file's blocks in a model that is loaded quantised, for people."""
+    file = gguf_file.read(path)
+    return gguf_packed.notes(file, gguf_config.read(file), quantize)
 
 
 def tokenizer(path: str | pathlib.Path) -> Any:
@@ -93,9 +113,21 @@ class _Source:
         tensor = file.tensors[self.name]
         values = gguf_blocks.dequantise(tensor, file.path, self.expert)
         pages.release(tensor.raw)
+        return self._turned(values, c)
+
+    def packed(
+        self, file: gguf_file.File, c: architecture.Config, leaf: gguf_packed.Leaf
+    ) -> list[np.ndarray]:
+        """The arrays of its blocks, in our layout."""
+        tensor = file.tensors[self.name]
+        arrays = leaf.arrays(file, tensor, self.expert)
+        pages.release(tensor.raw)
+        return [self._turned(x, c, block) for x, block in arrays]
+
+    def _turned(self, x: np.ndarray, c: architecture.Config, block: int = 1) -> np.ndarray:
         if self.expert is None:
-            return self.row.from_file(values, c)
-        return self.row.from_file(values[None], _one_expert(c))[0]
+            return self.row.from_file(x, c, block)
+        return self.row.from_file(x[None], _one_expert(c), block)[0]
 
 
 def _one_expert(c: architecture.Config) -> architecture.Config:

@@ -29,6 +29,21 @@ def dequantise(tensor: gguf_file.Tensor, path: pathlib.Path, part: int | None = 
         ) from error
 
 
+def type_name(tensor: gguf_file.Tensor) -> str:
+    """ggml's name of a tensor's type."""
+    import gguf
+
+    return gguf.GGMLQuantizationType(tensor.kind).name
+
+
+def quantise(values: np.ndarray, name: str) -> np.ndarray:
+    """float32 numbers as blocks of a type by ggml's name; what is not finite has a scale that is not."""
+    import gguf
+
+    with np.errstate(all="ignore"):
+        return gguf.quants.quantize(values, gguf.GGMLQuantizationType[name])
+
+
 def is_exact(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp wants a tensor in float32 in every file: norms, biases, routers and other small ones."""
     large = name.endswith(".weight") and not name.endswith("_norm.weight")

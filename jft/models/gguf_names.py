@@ -36,13 +36,13 @@ class Row:
         """The tensor's name."""
         return self.weight.name.format(layer=layer)
 
-    def from_file(self, tensor: np.ndarray, c: architecture.Config) -> np.ndarray:
-        """A tensor as our parameter, `place` aside."""
+    def from_file(self, tensor: np.ndarray, c: architecture.Config, block: int = 1) -> np.ndarray:
+        """A tensor as our parameter, `place` aside; or one of numbers that stand for blocks of its last axis."""
         if self.paired:
             tensor = _swapped(tensor, (-1, c.head_dim // 2, 2))
         if self.shifted:
             tensor = tensor - 1
-        return self.weight.from_file(tensor, c)
+        return self.weight.from_file(tensor, c, block)
 
     def to_file(self, array: np.ndarray, c: architecture.Config) -> np.ndarray:
         """The inverse, of our whole parameter; float32 where the values change."""

@@ -108,6 +108,40 @@ def read_config(folder: str | pathlib.Path) -> architecture.Config:
     return families.from_hf(folders.read_json(path), str(path))
 
 
+def shapes(folder: str | pathlib.Path, dtype: Any, quantize: quantizing.Settings) -> dict[str, Any]:
+    """Shapes of the parameters by path, those that are quantised as QArrays of shapes."""
+    return expected(read_config(folder), dtype, quantize)
+
+
+def expected(
+    config: architecture.Config,
+    dtype: Any,
+    quantize: quantizing.Settings,
+    blocks: Mapping[str, quant.QArray] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+    """What `assemble` gives, as shapes by path."""
+    dtype = float_dtype(dtype)
+
+    def leaf(path: str, x: jax.ShapeDtypeStruct) -> Any:
+        if path in blocks:
+            return blocks[path]
+        return quantizing.shape(path, jax.ShapeDtypeStruct(x.shape, dtype), quantize)
+
+    return {path: leaf(path, x) for path, x in tree.flatten(decoder.shapes(config)).items()}
+
+
+def notes(folder: str | pathlib.Path, quantize: quantizing.Settings) -> tuple[str, ...]:
+    """What becomes of tensors that are stored as blocks in a model that is loaded quantised, for people."""
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    rows = families.tensors(config)
+    packed = _packed(_by_full_names(safetensors.read_folder(folder), config), rows)
+    paths = [rows[name][0].path for name in packed]
+    count = sum(quantizing.kind(path, quantize) != quantizing.NONE for path in paths)
+    told = f"{folder.name}: {count} MXFP4 tensors are dequantised and quantised again"
+    return (told,) if count else ()
+
+
 def assemble(
     config: architecture.Config,
     dtype: Any,
@@ -132,16 +166,14 @@ def assemble(
       quantize: which parameters are quantised, from the tensors as they are fetched.
       blocks: parameters, by path, whose tensors `fetch` gives as QArrays in our layout: the arrays' shapes.
     """
-    dtype = _float_dtype(dtype)
+    dtype = float_dtype(dtype)
     stacks: dict[str, list[tuple[str, names.Weight, names.Index]]] = {}
     for name, (weight, index) in families.tensors(config).items():
         stacks.setdefault(weight.path, []).append((name, weight, index))
 
-    def leaf(path: str, shape: tuple[int, ...]) -> Any:
-        dense = jax.ShapeDtypeStruct(shape, dtype)
-        like = blocks[path] if path in blocks else quantizing.shape(path, dense, quantize)
+    def leaf(path: str, like: Any) -> Any:
         taking = placing.Leaf(like, shardings(path, like) if shardings else None)
-        how = None if path in blocks else quantizing.way(path, shape, quantize)
+        how = None if path in blocks else quantizing.way(path, like.shape, quantize)
         for name, weight, index in stacks[path]:
             if not taking.meets(index):
                 continue
@@ -159,8 +191,8 @@ def assemble(
         # Here the whole leaf is in hand, and nowhere else: what changes a leaf before it is placed goes here.
         return taking.place()
 
-    shapes = tree.flatten(decoder.shapes(config))
-    return tree.unflatten({path: leaf(path, shape.shape) for path, shape in shapes.items()})
+    likes = expected(config, dtype, quantize, blocks)
+    return tree.unflatten({path: leaf(path, like) for path, like in likes.items()})
 
 
 def tokenizer(folder: str | pathlib.Path) -> Any:
@@ -283,7 +315,8 @@ def _equal_bytes(one: np.ndarray, other: np.ndarray) -> bool:
     return True
 
 
-def _float_dtype(dtype: Any) -> np.dtype:
+def float_dtype(dtype: Any) -> np.dtype:
+    """A type that parameters can have; raises UserError for any other."""
     allowed = (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)
     named = {np.dtype(kind).name: np.dtype(kind) for kind in allowed}
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name

@@ -16,6 +16,7 @@ from jft.lora import layouts
 from jft.models import architecture
 
 NONE = "none"
+KEYS = ("quantize", "quantize_embeddings")  # of the configuration's `model`
 EMBEDDING_KINDS = (NONE, "int8")
 _EMBEDDINGS = r"embed/embedding|head/kernel"
 _KERNELS = r"layers/(attention|mlp|experts)/\w+/kernel"
@@ -35,6 +36,9 @@ class Settings:
 
     def __bool__(self) -> bool:
         return (self.kind, self.embeddings) != (NONE, NONE)
+
+    def __str__(self) -> str:
+        return f"quantize={self.kind} and quantize_embeddings={self.embeddings}"
 
     def check(self) -> None:
         """Raises UserError for a kind that there is not."""
@@ -71,6 +75,11 @@ class Way:
         )
 
 
+def kind(path: str, to: Settings) -> str:
+    """What the leaf of this path is quantised to, or NONE."""
+    return tree.lookup(((_KERNELS, to.kind), (_EMBEDDINGS, to.embeddings)), path) or NONE
+
+
 def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOCK) -> Way | None:
     """How the leaf of this path and shape is quantised; None where it stays as it is.
 
@@ -80,9 +89,8 @@ def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOC
     Raises:
       UserError: no dimension is a multiple of the block.
     """
-    rules = ((_KERNELS, to.kind), (_EMBEDDINGS, to.embeddings))
-    kind = tree.lookup(rules, path) or NONE
-    if kind == NONE:
+    own = kind(path, to)
+    if own == NONE:
         return None
     layout = layouts.find(architecture.LAYOUTS, path, len(shape))
     if path == "embed/embedding":
@@ -92,9 +100,9 @@ def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOC
     if not fit:
         sizes = " and ".join(str(shape[i]) for i in axes)
         raise errors.UserError(
-            f"model.quantize={kind}: {path} {list(shape)} has dimensions of {sizes}, and none is a multiple of a block of {block}"
+            f"model.quantize={own}: {path} {list(shape)} has dimensions of {sizes}, and none is a multiple of a block of {block}"
         )
-    return Way(kind, fit[0], block, kind == "nf4", layout.count("b"))
+    return Way(own, fit[0], block, own == "nf4", layout.count("b"))
 
 
 def shapes(params: Any, to: Settings) -> Any:

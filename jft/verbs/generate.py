@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> int:
     what.add_argument("--model", help="a folder, a .gguf file, an embedded model or a Hub name")
     parser.add_argument("--revision", help="of a Hub name: branch, tag or commit")
     parser.add_argument("--dtype", help="of --model: float32 (default) or bfloat16")
+    parsing.add_quantize(parser, "of the base; default: as in training, with --model none")
     parser.add_argument(
         "--adapter",
         help="best (default with --run), last, none (the base), or an adapter's folder",
