@@ -5,10 +5,12 @@ Blocks are independent of each other, so pieces of whole blocks give the bits th
 file has them, where a kernel's inputs mostly lie together; what is turned is the codes, a quarter of the bytes or less.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft import quant
@@ -36,10 +38,13 @@ def quantized(
     apart, order = weight.apart(tensor, config), weight.order
     axis, kind, block = order[how.axis], how.kind, how.block
     with jax.default_device(_device()):
-        parts = [_blocks(x, kind, axis, block) for x in _pieces(apart, axis, block)]
+        parts = []
+        for piece in _pieces(apart, axis, block):
+            finite, *own = map(np.asarray, _blocks(piece, kind, axis, block))
+            if not finite:
+                return None
+            parts.append(own)
         codes, scales = (_joined(own).transpose(order) for own in zip(*parts, strict=True))
-        if not np.isfinite(scales).all():
-            return None
         if how.double:
             scales = jax.tree.map(np.asarray, _doubled(scales, how.stacked - gone))
     return quant.QArray(codes, scales, None, kind, how.axis, block, np.dtype(np.float32))
@@ -55,15 +60,16 @@ def _pieces(apart: np.ndarray, axis: int, block: int) -> Iterator[np.ndarray]:
         pages.release(piece)
 
 
-def _blocks(x: np.ndarray, kind: str, axis: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    q = _quantize(x, kind, axis, block)
-    return np.asarray(q.codes), np.asarray(q.scales)
+@functools.partial(jax.jit, static_argnames=("kind", "axis", "block"))
+def _blocks(
+    x: jax.Array, kind: str, axis: int, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether all is finite, codes, scales. XLA's maximum on a CPU may lose a NaN, so that scales do not tell."""
+    x = x.astype(jnp.float32)
+    q = quant.quantize(x, kind, axis=axis, block=block)
+    return jnp.isfinite(x).all(), q.codes, q.scales
 
 
-_quantize = jax.jit(
-    lambda x, kind, axis, block: quant.quantize(x, kind, axis=axis, block=block),
-    static_argnums=(1, 2, 3),
-)
 _doubled = jax.jit(quant.doubled, static_argnums=1)
 
 

@@ -23,3 +23,11 @@ def small(preset: str) -> architecture.Config:
         max_length=32,
         experts=config.experts and dataclasses.replace(config.experts, count=4, top_k=2),
     )
+
+
+def in_blocks(preset: str) -> architecture.Config:
+    """The same with kernels that have whole blocks of 64."""
+    own = small(preset)
+    few = own.num_kv_heads < own.num_heads
+    heads = {"num_heads": 4, "num_kv_heads": 2 if few else 4, "head_dim": 16}
+    return dataclasses.replace(own, d_model=64, d_ff=128, num_layers=2, **heads)
