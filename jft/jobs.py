@@ -133,7 +133,13 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     hosts.agree("the number of steps", steps)
     eval_length = _evaluation_width(c, source, data, layout, packed.length)
     devices = jax.devices() if layout is not None else jax.devices()[:1]
-    built = _programs(c, arch, devices, packed.length, eval_length, steps)
+    stored = models.shapes(
+        c.model.path,
+        dtype=program.stored_dtype(c),
+        revision=revision,
+        quantize=program.quantisation(c),
+    )
+    built = _programs(c, arch, stored, devices, packed.length, eval_length, steps)
     model = models.load(
         c.model.path,
         dtype=program.stored_dtype(c),
@@ -194,6 +200,7 @@ def _evaluation_width(
 def _programs(
     c: config_dict.ConfigDict,
     model: architecture.Config,
+    stored: decoder.Params,
     devices: Sequence[Any],
     length: int,
     eval_length: int,
@@ -201,13 +208,21 @@ def _programs(
 ) -> program.Program:
     """The training and the evaluation step; no weights are there yet, so what does not fit can be refused here."""
     if c.lora.rank:
-        adapters, _ = program.split(c, program.shapes(c, model))
+        adapters, _ = program.split(c, stored)
         lora.peft.check_writable(adapters, families.modules(model))
         if c.lora.dropout and "head/kernel" in adapters:
             raise errors.UserError(
                 f"lora.dropout={c.lora.dropout} with an adapter of head/kernel: take it out of lora.targets"
             )
-    return fit.check(c, model, devices, length=length, eval_length=eval_length, steps=steps)
+    return fit.check(
+        c,
+        model,
+        devices,
+        length=length,
+        eval_length=eval_length,
+        steps=steps,
+        params=stored,
+    )
 
 
 def make_layout(c: config_dict.ConfigDict, devices: Sequence[Any]) -> sharding.Layout | None:

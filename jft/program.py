@@ -92,6 +92,7 @@ def build(
     backend: str,
     length: int,
     steps: int,
+    params: decoder.Params | None = None,
 ) -> Program:
     """The programs of a run.
 
@@ -102,6 +103,7 @@ def build(
       backend: "cpu", "gpu" or "tpu".
       length: positions of a row.
       steps: of the run, for the schedule.
+      params: shapes of the model's parameters; None for what the configuration says.
 
     Raises:
       UserError: settings that don't fit each other, the model or the mesh.
@@ -113,7 +115,7 @@ def build(
     if layout is not None:
         layout.check_rows("eval_batch_size", eval_batch)
     optimizer = optim.optimizer(optim.Optim(**c.optim), steps)
-    params = shapes(c, model)
+    params = shapes(c, model) if params is None else params
     trainable, frozen = split(c, params)
     state = jax.eval_shape(functools.partial(step.init_state, optimizer=optimizer), trainable)
     shardings = None

@@ -54,6 +54,9 @@ class Run:
 FULL = (("remat", "full"),)
 PRODUCTS = (("remat", "products"),)
 WHOLE = (("lora.rank", "0"), *FULL)
+NF4 = (("model.quantize", "nf4"),)
+NF4_OFFLOAD = (*NF4, ("remat", "offload"))
+NF4_INT8 = (*NF4, ("model.quantize_embeddings", "int8"))
 RUNS = (
     Run("8B LoRA", "v5e:4x4", gate=True),
     Run("8B LoRA, the fastest that fits", "v5e:4x4", changes=PRODUCTS, gate=True),
@@ -67,7 +70,7 @@ RUNS = (
     ),
     Run("8B full fine-tuning", "v5e:4x4", changes=WHOLE, gate=True),
     Run("70B LoRA", "v5e:4x4", model="llama3.1-70b"),
-    Run("70B LoRA", "v5e:4x4", model="llama3.1-70b", changes=(("remat", "offload"),), gate=True),
+    Run("70B LoRA", "v5e:4x4", model="llama3.1-70b", changes=(("remat", "offload"),)),
     Run("8B LoRA, 2 rows", "h100:1", rows=2),
     Run("8B LoRA, 2 rows, one at a time", "h100:1", rows=2, changes=(*FULL, ("micro_batch", "1"))),
     Run("8B LoRA, 2 rows, the fastest that fits", "h100:1", rows=2, changes=PRODUCTS),
@@ -80,6 +83,16 @@ RUNS = (
     Run("8B full fine-tuning", "tpu7x:2x2x2", changes=WHOLE),
     Run("8B LoRA, two slices", "2*v5e:4x4"),
     Run("8B LoRA, W + AB formed, to compare with", "v5e:4x4", formed=True),
+    Run("8B NF4", "v5e:4x4", changes=(*NF4, *FULL), gate=True),
+    Run("8B NF4", "v5e:1x1", changes=(*NF4, *FULL)),
+    Run("8B NF4", "v5e:1x1", changes=NF4_OFFLOAD),
+    Run("8B NF4", "v5e:1x1", changes=(*NF4_INT8, *FULL)),
+    Run("8B NF4, 16,384 a row", "v5e:1x1", length=16384, changes=NF4_OFFLOAD),
+    Run("8B NF4, 32,768 a row", "v5e:1x1", length=32768, changes=(*NF4_INT8, ("remat", "offload"))),
+    Run("70B NF4", "v5e:4x4", model="llama3.1-70b", changes=(*NF4, *FULL)),
+    Run("70B NF4", "v5e:2x4", model="llama3.1-70b", changes=NF4_OFFLOAD),
+    Run("8B NF4, 2 rows", "h100:1", rows=2, changes=(*NF4, *FULL)),
+    Run("70B NF4", "h100:1", model="llama3.1-70b", changes=(*NF4, *FULL)),
 )
 
 

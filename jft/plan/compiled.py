@@ -44,6 +44,7 @@ class Setting:
       eval_length: in evaluation.
       steps: of the run.
       changes: what this setting has in other values than the configuration that the user gave, as {key: text of a flag}.
+      params: shapes of the model's parameters, where they are not what the configuration alone says (`models.shapes`).
     """
 
     config: config_dict.ConfigDict
@@ -53,6 +54,7 @@ class Setting:
     eval_length: int
     steps: int
     changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    params: Any = None
 
     def changed(self, changes: Mapping[str, str]) -> "Setting":
         """The same with other values of some keys."""
@@ -84,6 +86,7 @@ class Setting:
             backend=BACKENDS[self.on.chip.platform],
             length=self.length,
             steps=self.steps,
+            params=self.params,
         )
 
     @property

@@ -34,6 +34,7 @@ def check(
     length: int,
     eval_length: int,
     steps: int,
+    params: Any = None,
     device_bytes: int | None = None,
 ) -> program.Program:
     """Compiles the training and the evaluation step.
@@ -45,6 +46,7 @@ def check(
       length: positions of the longest rows of training.
       eval_length: of evaluation; 0 where nothing is evaluated.
       steps: of the run.
+      params: as in `program.build`.
       device_bytes: memory of each device; None asks it.
 
     Returns:
@@ -56,7 +58,8 @@ def check(
         the cheapest change that helps.
     """
     size = device_memory(devices) if device_bytes is None else device_bytes
-    own = compiled.Setting(config, model, _here(devices, size), length, eval_length, steps)
+    here = _here(devices, size)
+    own = compiled.Setting(config, model, here, length, eval_length, steps, params=params)
     result = compiled.compile_setting(own, evaluation=eval_length > 0, say=compiled.quiet)
     if not result.fits:
         raise errors.UserError(_refusal(result, size))

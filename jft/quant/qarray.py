@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jft.quant import levels
 
@@ -38,8 +39,8 @@ class QArray:
 
     Attributes:
       codes: int8 (`int8`), uint8 (`dynamic8`) [..., n, ...], or uint8 [..., n / 2, ...] with two codes in a byte: element i
-        of a block's first half in the high bits, element i of its second half in the low ones. Halves of a block, not
-        neighbours: unpacked they need not be interleaved, which costs a TPU a pass through memory.
+        of a block's first half in the high bits, element i of its second half in the low ones: unpacked, halves need not be
+        interleaved, as neighbours would.
       scales: float [..., n / block, ...], or a QArray of them (double quantisation, section 3 of the paper).
       offsets: float, broadcast over the scales' shape, or None: added to the product (GGUF's Q4_1; the mean of the scales).
       kind: see above.
@@ -94,20 +95,19 @@ class QArray:
         """The values, computed in float32, in `dtype`."""
         at = self.codes.ndim + self.axis
         lead, rest = self.codes.shape[:at], self.codes.shape[at + 1 :]
-        paired = self.kind in PAIRED
-        codes = self.codes.reshape(*lead, -1, self.block // (2 if paired else 1), *rest)
-        value = functools.partial(self._values, at=at)
-        if paired:
-            # Cast to `dtype` before they are put together: else XLA on TPU keeps both halves in float32.
-            x = jnp.stack([value(codes >> 4), value(codes & 15)], at + 1)
-        else:
-            x = value(codes)
-        return x.reshape(self.shape)
-
-    def _values(self, codes: jax.Array, *, at: int) -> jax.Array:
-        """Of codes that stand in blocks [..., n / block, codes of a block, ...]."""
-        scales = self.scales.dequantize() if isinstance(self.scales, QArray) else self.scales
+        codes = self.codes
+        if self.kind in PAIRED:
+            codes = codes.reshape(*lead, -1, self.block // 2, *rest)
+            # Behind the barrier all is one pass from bytes to values; without it XLA on TPU takes the halves apart into
+            # float32 first, twice the memory and the traffic.
+            both = jnp.stack([codes >> 4, codes & 15], at + 1)
+            codes = lax.optimization_barrier(both.reshape(*lead, -1, self.block, *rest))
+        codes = codes.reshape(*lead, -1, self.block, *rest)
+        scales = self.scales
+        if isinstance(scales, QArray):
+            scales = levels.apart(scales.dequantize(), at)
         x = levels.OF[self.kind](codes) * jnp.expand_dims(scales.astype(jnp.float32), at + 1)
         if self.offsets is not None:
             x = x + jnp.expand_dims(self.offsets.astype(jnp.float32), at + 1)
-        return x.astype(self.dtype)
+        # Cast first: XLA on TPU would leave the cast to the product, and keep float32 for it.
+        return x.astype(self.dtype).reshape(self.shape)
