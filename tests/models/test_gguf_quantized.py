@@ -101,7 +101,7 @@ def test_types_side_by_side(tmp_path: pathlib.Path) -> None:
         else:
             np.testing.assert_array_equal(got, want, name)
     (note,) = gguf.notes(path, SETTINGS["int4"])
-    kept, again = "6 Q4_1 and 5 Q4_0", "1 Q8_0 and 1 Q5_0"
+    kept, again = "6 Q4_1 and 5 Q4_0", "1 Q5_0 and 1 Q8_0"
     assert note == (
         f"m.gguf: {kept} tensors keep their blocks; {again} tensors are dequantised and quantised again"
     )
