@@ -169,13 +169,10 @@ def test_sharding_constraints_reach_the_factors() -> None:
     assert program.count("sharding_constraint") == 3
 
 
-@pytest.mark.parametrize(
-    ("mode", "kind"), [*((mode, "nf4") for mode in lora.MODES), ("factored", "int8")]
-)
-def test_19_a_quantised_base_on_a_mesh(mode: str, kind: str) -> None:
-    """Equal to one device; no dense stack in the compiled program, whole or a device's part."""
+def quantised(kind: str, layers: int) -> tuple[Any, Any, Any, Any, jax.Array]:
+    """A function, quantised parameters of so many layers, where they lie, adapters and an input."""
     rng = np.random.default_rng(0)
-    shapes = {"up": (L, 256, 512), "down": (L, 512, 256)}
+    shapes = {"up": (layers, 256, 512), "down": (layers, 512, 256)}
     params = {
         k: quant.quantize(
             jnp.asarray(rng.normal(size=s)) * 0.03, kind, axis=-2, double=kind == "nf4", stacked=1
@@ -185,7 +182,6 @@ def test_19_a_quantised_base_on_a_mesh(mode: str, kind: str) -> None:
     spec = lora.Spec(rank=2, targets="up|down", layouts=LAYOUTS)
     adapters = lora.init(spec, params, key=jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape)) * 0.03, adapters)
-    x, on = jnp.asarray(rng.normal(size=(B, 256))), mesh(AxisType.Auto)
 
     def f(params: Any, x: jax.Array) -> jax.Array:
         @jax.checkpoint
@@ -194,16 +190,46 @@ def test_19_a_quantised_base_on_a_mesh(mode: str, kind: str) -> None:
 
         return lax.scan(layer, x, params)[0]
 
-    want = jax.value_and_grad(loss(f, mode))(adapters, params, x)
     part = {k: SPECS[k] for k in params}
+    return f, params, part, adapters, jnp.asarray(rng.normal(size=(B, 256)))
+
+
+def on_mesh(f: Any, mode: str, params: Any, part: Any, adapters: Any, x: jax.Array) -> Any:
+    """The compiled step, and its arguments where they lie."""
+    on = mesh(AxisType.Auto)
     specs = {k: lora.partition_spec(a, SPECS[k]) for k, a in adapters.items()}
-    packed = {k: jax.device_put(q, jax.NamedSharding(on, part[k])) for k, q in params.items()}
+    # Of what is shorter than the whole, the mesh may not divide all.
+    put = lambda x, spec: jax.device_put(x, jax.NamedSharding(on, lora.divided(on, spec, x.shape)))  # noqa: E731
+    packed = {k: jax.tree.map(lambda x, s=part[k]: put(x, s), q) for k, q in params.items()}
     placed = place(adapters, specs, on), packed, place(x, X_SPEC, on)
-    step = jax.jit(jax.value_and_grad(loss(f, mode))).lower(*placed).compile()
+    return jax.jit(jax.value_and_grad(loss(f, mode))).lower(*placed).compile(), placed
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [*((mode, "nf4") for mode in lora.MODES), ("factored", "int8")]
+)
+def test_19_a_quantised_base_on_a_mesh(mode: str, kind: str) -> None:
+    """Equal to one device; no dense stack in the compiled program, whole or a device's part."""
+    f, params, part, adapters, x = quantised(kind, L)
+    want = jax.value_and_grad(loss(f, mode))(adapters, params, x)
+    step, placed = on_mesh(f, mode, params, part, adapters, x)
     jax.tree.map(close, step(*placed), want)
     # Whole, gathered over one axis, or a device's part; scales are floats too, but have one element for 64.
     dense = re.findall(rf"f(?:32|64)\[{L},(?:64|256|512),(?:64|256|512)\]", step.as_text())
     assert not dense
+
+
+@pytest.mark.parametrize("mode", ["factored", "merged"])
+def test_19_temporaries_do_not_grow_with_the_layers(mode: str) -> None:
+    """But for each layer's input and its adapters' gradients: less than a dense weight of a layer for six more of them."""
+    took = []
+    for layers in (L, L + 6):
+        f, params, part, adapters, x = quantised("nf4", layers)
+        step, _ = on_mesh(f, mode, params, part, adapters, x)
+        took.append(step.memory_analysis().temp_size_in_bytes)
+    dense = 8 * 256 * 512 / 8  # bytes of a device's part in float64
+    assert took[0] > dense  # one is there at a time
+    assert took[1] - took[0] < dense
 
 
 def test_dropout_in_a_shard_map() -> None:
