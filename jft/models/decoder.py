@@ -11,6 +11,7 @@ Letters in names: see `architecture`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ class Execution:
     layout: sharding.Layout | None = None
 
 
+HEAD_PARTS = 16  # at most: of 128,256 tokens' head 66 MB are dense at a time
 SIMPLE = Execution()  # on one device, as it is written down
 
 
@@ -272,18 +274,35 @@ def head(
     `few` rows [B, D] meet a tied embedding from its other side, which XLA on CPU does in two thirds of the time.
     """
     if "head" in params:
-        logits = einsum("...D,DV->...V", x, tree.dense(params["head"]["kernel"]).astype(x.dtype))
+        logits = _logits(functools.partial(einsum, "...D,DV->...V"), x, params["head"]["kernel"], 1)
     else:
-        embedding = tree.dense(params["embed"]["embedding"]).astype(x.dtype)
+        embedding = params["embed"]["embedding"]
         if few:
-            logits = einsum("VD,BD->VB", embedding, x).T
+            logits = einsum("VD,BD->VB", tree.dense(embedding).astype(x.dtype), x).T
         else:
-            logits = einsum("...D,VD->...V", x, embedding)
+            logits = _logits(functools.partial(einsum, "...D,VD->...V"), x, embedding, 0)
     if c.logits_divisor != 1.0:
         logits = logits / c.logits_divisor
     if c.logits_softcap:
         logits = c.logits_softcap * jnp.tanh(logits / c.logits_softcap)
     return logits
+
+
+def _logits(product: Callable[..., jax.Array], x: jax.Array, w: Any, axis: int) -> jax.Array:
+    """Of a quantised weight, a part of the vocabulary (that dimension of w) after the other: no more of it is ever dense."""
+    if not tree.is_quantized(w) or axis - w.ndim in w.packed_axes:
+        return product(x, tree.dense(w).astype(x.dtype))
+    V = w.shape[axis]
+    count = next(n for n in range(HEAD_PARTS, 0, -1) if V % n == 0)
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=V // count, axis=axis)
+
+    @jax.checkpoint
+    def part(x: jax.Array, i: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda array: cut(array, i * (V // count)), w)
+        return product(x, own.dequantize().astype(x.dtype))
+
+    parts = jax.lax.map(functools.partial(part, x), jnp.arange(count))
+    return jnp.moveaxis(parts, 0, -2).reshape(*x.shape[:-1], V)
 
 
 def apply(
