@@ -92,6 +92,12 @@ RUNS = (
     Run("70B NF4", "v5e:4x4", model="llama3.1-70b", changes=(*NF4, *FULL)),
     Run("70B NF4", "v5e:2x4", model="llama3.1-70b", changes=NF4_OFFLOAD),
     Run("8B NF4, 2 rows", "h100:1", rows=2, changes=(*NF4, *FULL)),
+    Run(
+        "8B NF4, 2 rows, one at a time",
+        "h100:1",
+        rows=2,
+        changes=(*NF4, *FULL, ("micro_batch", "1")),
+    ),
     Run("70B NF4", "h100:1", model="llama3.1-70b", changes=(*NF4, *FULL)),
 )
 
