@@ -7,7 +7,7 @@
 Writes a folder of random weights, shard by shard, then loads it in a process of its own for each case: onto one device
 and onto eight simulated ones, in bfloat16 and in float32. Exits with 1 where a peak, above what the process took before
 (jax and this package imported, the devices touched), is more than 1.15 times the bytes of the parameters kept plus the
-largest tensor of the files. Parameters that share memory are counted once.
+largest tensor of the files (quantised: and what XLA's compiler keeps). Parameters that share memory are counted once.
 """
 
 import argparse
@@ -26,8 +26,14 @@ import ml_dtypes
 import numpy as np
 
 ALLOWED = 1.15
+# For the programs that quantise, a few for each shape of a tensor, whatever the size of the model.
+PROGRAMS = 130_000_000
 FILES = 5
-CASES = ((8, "bfloat16"), (1, "bfloat16"), (8, "float32"), (1, "float32"))
+CASES = (
+    *((8, "bfloat16", "none"), (1, "bfloat16", "none")),
+    *((8, "float32", "none"), (1, "float32", "none")),
+    *((8, "bfloat16", "nf4"), (1, "bfloat16", "nf4")),
+)
 SIZES: dict[str, dict[str, int]] = {
     "full": {"vocab_size": 32768, "d_model": 2048, "num_layers": 16, "d_ff": 8192},
     "small": {"vocab_size": 16384, "d_model": 1024, "num_layers": 4, "d_ff": 4096},
@@ -82,26 +88,32 @@ def resident() -> dict[str, int]:
     return {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")}
 
 
-def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
+def measure(folder: pathlib.Path, dtype: str, quantize: str) -> dict[str, Any]:
     """Loads the folder onto all devices of this process; the figures."""
     import jax
 
-    from jft.models import hf, safetensors
+    from jft.models import hf, quantizing, safetensors
 
     mesh = jax.make_mesh((jax.device_count(),), ("x",))
     jax.block_until_ready([jax.device_put(np.zeros(8), device) for device in jax.devices()])
 
-    def sharding(path: str, leaf: Any) -> jax.sharding.Sharding:
+    def one(path: str, leaf: Any) -> jax.sharding.Sharding:
         """Norms replicated; kernels split along their largest dimension that can be."""
         shape = leaf.shape
         spec: list[str | None] = [None] * len(shape)
-        if "norm" not in path:
-            fit = [axis for axis, n in enumerate(shape) if n % mesh.size == 0]
+        fit = [axis for axis, n in enumerate(shape) if n % mesh.size == 0]
+        if "norm" not in path and fit:
             spec[max(fit, key=lambda axis: shape[axis])] = "x"
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
+    def lay(path: str, leaf: Any) -> Any:
+        return jax.tree.map(lambda x: one(path, x), leaf)
+
+    settings = quantizing.Settings(quantize, "none" if quantize == "none" else "int8")
+    if settings:
+        warm(settings)
     before, began = resident()["VmRSS"], time.perf_counter()
-    _, params, _ = hf.load(folder, dtype, sharding if mesh.size > 1 else None)
+    _, params, _ = hf.load(folder, dtype, lay if mesh.size > 1 else None, settings)
     seconds, after = time.perf_counter() - began, resident()
     shards = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
     kept = sum({shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}.values())
@@ -111,16 +123,33 @@ def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
         "largest": largest,
         "peak": after["VmHWM"] - before,
         "after": after["VmRSS"] - before,
-        "allowed": int(ALLOWED * kept) + largest,
+        "allowed": int(ALLOWED * kept) + largest + (PROGRAMS if settings else 0),
         "seconds": round(seconds, 1),
     }
 
 
-def run(folder: pathlib.Path, devices: int, dtype: str) -> dict[str, Any]:
+def warm(settings: Any) -> None:
+    """Quantises something small: XLA's compiler takes memory of its own, once, whatever it compiles."""
+    from jft.models import architecture, families, hf
+
+    heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "max_length": 8}
+    config = architecture.Config(vocab_size=8, d_model=64, num_layers=1, d_ff=64, **heads)
+    rows = families.tensors(config)
+    fetch = lambda name: np.ones(rows[name][0].stored_shape(config), np.float32)  # noqa: E731
+    hf.assemble(config, "float32", fetch, str, None, settings)
+
+
+def run(folder: pathlib.Path, devices: int, dtype: str, quantize: str = "none") -> dict[str, Any]:
     """`measure` in a process of its own."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [sys.executable, __file__, f"--folder={folder}", f"--dtype={dtype}"],
+        [
+            sys.executable,
+            __file__,
+            f"--folder={folder}",
+            f"--dtype={dtype}",
+            f"--quantize={quantize}",
+        ],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
@@ -134,19 +163,20 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a model of 0.2 GB")
     parser.add_argument("--folder", type=pathlib.Path, help="measure this one, in this process")
     parser.add_argument("--dtype", default="bfloat16", help="with --folder")
+    parser.add_argument("--quantize", default="none", help="with --folder")
     flags = parser.parse_args()
     if flags.folder:
-        print(json.dumps(measure(flags.folder, flags.dtype)))
+        print(json.dumps(measure(flags.folder, flags.dtype, flags.quantize)))
         return
     over = False
     with tempfile.TemporaryDirectory() as scratch:
         make(pathlib.Path(scratch), "small" if flags.small else "full")
-        for devices, dtype in CASES:
-            found = run(pathlib.Path(scratch), devices, dtype)
+        for devices, dtype, quantize in CASES:
+            found = run(pathlib.Path(scratch), devices, dtype, quantize)
             over |= found["peak"] > found["allowed"]
             shown = [f"{key} {found[key] / 1e6:7.0f} MB" for key in ("kept", "peak", "allowed")]
             ratio = f"peak / kept {found['peak'] / found['kept']:.3f}"
-            where = f"{devices} devices {dtype:8}"
+            where = f"{devices} devices {quantize if quantize != 'none' else dtype:8}"
             print(where, *shown, ratio, f"{found['seconds']:6.1f} s", sep="  ", flush=True)
     sys.exit(int(over))
 

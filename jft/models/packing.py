@@ -7,7 +7,7 @@ file has them, where a kernel's inputs mostly lie together; what is turned is th
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from jft import quant
 from jft.models import architecture, names, pages, quantizing
 
-_PIECE = 1 << 24  # numbers at a time
+_PIECE = 1 << 22  # numbers at a time
 
 
 def quantized(
@@ -38,25 +38,32 @@ def quantized(
     apart, order = weight.apart(tensor, config), weight.order
     axis, kind, block = order[how.axis], how.kind, how.block
     with jax.default_device(_device()):
-        parts = []
-        for piece in _pieces(apart, axis, block):
-            finite, *own = map(np.asarray, _blocks(piece, kind, axis, block))
+        wholes: list[np.ndarray] = []
+        for start, piece in _pieces(apart, axis, block):
+            finite, *parts = map(np.asarray, _blocks(piece, kind, axis, block))
             if not finite:
                 return None
-            parts.append(own)
-        codes, scales = (_joined(own).transpose(order) for own in zip(*parts, strict=True))
+            if not wholes:
+                shares = [len(apart) * len(part) // len(piece) for part in parts]
+                wholes = [
+                    np.empty((n, *x.shape[1:]), x.dtype) for n, x in zip(shares, parts, strict=True)
+                ]
+            for whole, part in zip(wholes, parts, strict=True):
+                at = start * len(whole) // len(apart)
+                whole[at : at + len(part)] = part
+        codes, scales = (whole.transpose(order) for whole in wholes)
         if how.double:
             scales = jax.tree.map(np.asarray, _doubled(scales, how.stacked - gone))
     return quant.QArray(codes, scales, None, kind, how.axis, block, np.dtype(np.float32))
 
 
-def _pieces(apart: np.ndarray, axis: int, block: int) -> Iterator[np.ndarray]:
-    """Along the first axis, blocks whole."""
+def _pieces(apart: np.ndarray, axis: int, block: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Along the first axis, blocks whole, with where each begins."""
     unit = block if axis == 0 else 1
     step = unit * max(1, _PIECE // (unit * math.prod(apart.shape[1:])))
     for start in range(0, len(apart), step):
         piece = apart[start : start + step]
-        yield piece
+        yield start, piece
         pages.release(piece)
 
 
@@ -71,10 +78,6 @@ def _blocks(
 
 
 _doubled = jax.jit(quant.doubled, static_argnums=1)
-
-
-def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _device() -> jax.Device:

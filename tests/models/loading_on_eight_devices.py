@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from safetensors import numpy as safetensors_numpy
 
-from jft import errors, models, tree
-from jft.models import architecture, decoder, families, hf, placing
+from jft import errors, models, sharding, tree
+from jft.models import architecture, decoder, families, hf, placing, quantizing
 
 assert jax.device_count() == 8
 MESH = jax.make_mesh((2, 4), ("a", "b"))
@@ -42,6 +43,13 @@ def small(preset: str) -> architecture.Config:
 
 # Separate and fused projections, kernels [in, out], experts one by one and all in one.
 CONFIGS = {name: small(name) for name in ("llama3.1-8b", "gpt2", "mixtral-8x7b", "gpt-oss-20b")}
+
+
+SETTINGS = quantizing.Settings("nf4", "int8")
+# With whole blocks along the kernels' inputs.
+QUANTIZED = {
+    name: dataclasses.replace(config, d_ff=128, vocab_size=64) for name, config in CONFIGS.items()
+}
 
 
 def tensors_of(config: architecture.Config) -> dict[str, np.ndarray]:
@@ -150,6 +158,29 @@ def test_a_tensor_is_fetched_once_however_many_shards_it_feeds(preset: str) -> N
     assert fetched == dict.fromkeys(tensors, 1)
 
 
+@pytest.mark.parametrize("preset", QUANTIZED)
+def test_every_shard_of_every_array_of_a_quantised_leaf(
+    tmp_path: pathlib.Path, preset: str
+) -> None:
+    write(tmp_path, QUANTIZED[preset])
+    layout = sharding.layout(sharding.Sizes(fsdp=2, expert=2, tensor=2), jax.devices())
+    assert layout
+    _, plain, _ = hf.load(tmp_path, "bfloat16", quantize=SETTINGS)
+    _, params, _ = hf.load(tmp_path, "bfloat16", layout.weight, SETTINGS)
+    likes = hf.shapes(tmp_path, "bfloat16", SETTINGS)
+    split = 0
+    for path, leaf in tree.flatten(params).items():
+        placed = layout.weight(path, likes[path])
+        arrays = (leaf, tree.flatten(plain)[path], placed)
+        for x, want, where in zip(*map(jax.tree.leaves, arrays), strict=True):
+            assert x.sharding == where and x.dtype == want.dtype
+            whole = np.asarray(want)
+            split += x.addressable_shards[0].data.size < whole.size and whole.dtype == np.uint8
+            for shard in x.addressable_shards:
+                np.testing.assert_array_equal(shard.data, whole[shard.index], path)
+    assert split >= 5
+
+
 @dataclasses.dataclass(frozen=True)
 class OneHost:
     """What one of several hosts sees of a sharding: some of its devices."""
@@ -193,6 +224,42 @@ def test_a_host_fetches_and_holds_what_its_devices_need(monkeypatch: pytest.Monk
     name = next(name for name, index in experts.items() if index == (3, 5))
     np.testing.assert_array_equal(parts[2].buffer[3, 1], tensors[name].T)
     assert [k for k in leaves if k.startswith("final_norm")] == ["final_norm/scale/0"]
+
+
+def test_a_host_holds_its_part_of_a_quantised_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes, scales, and the mean of the scales, which has a length of 1 where the leaf is split."""
+    config, path = QUANTIZED["mixtral-8x7b"], "layers/experts/up/kernel"
+    tensors, fetched = tensors_of(config), set()
+
+    def fetch(name: str) -> np.ndarray:
+        fetched.add(name)
+        return tensors[name]
+
+    def rule(path: str, leaf: Any) -> Any:
+        """Layers over `a`, outputs over `b` as far as an array has them; two devices are of this host."""
+        experts = len(leaf.shape) == 4 and leaf.shape[1] == 8  # [L, E, in, out]
+
+        def one(x: Any) -> Any:
+            spec = P("a", None, None, "b" if x.shape[3] > 1 else None) if experts else P()
+            return OneHost(NamedSharding(MESH, spec), 2)
+
+        return jax.tree.map(one, leaf)
+
+    monkeypatch.setattr(placing, "place", lambda shape, dtype, sharding, parts: parts)
+    settings = quantizing.Settings("nf4")
+    leaves = tree.flatten(hf.assemble(config, "float32", fetch, str, rule, settings))
+    how = quantizing.way(path, (8, 8, 64, 128), settings)
+    rows = families.tensors(config).items()
+    whole = np.stack([tensors[name].T for name, (weight, _) in rows if weight.path == path])
+    want = how(jnp.asarray(whole).reshape(8, 8, 64, 128))
+    indices = {index for name, (w, index) in rows if w.path == path and name in fetched}
+    assert indices == {(layer, expert) for layer in range(4) for expert in range(8)}
+    held = jax.tree.leaves(leaves[path], is_leaf=lambda x: isinstance(x, list))
+    for x, parts in zip(jax.tree.leaves(want), held, strict=True):
+        assert len(parts) == (2 if x.shape[3] > 1 else 1)
+        for part in parts:
+            own = tuple(slice(*pair) for pair in part.bounds)
+            np.testing.assert_array_equal(part.buffer, np.asarray(x)[own])
 
 
 def test_a_fault_is_told_by_the_row_of_the_file(tmp_path: pathlib.Path) -> None:

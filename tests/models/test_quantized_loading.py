@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantising while loading: tensor by tensor it gives the bits of the whole, for every family; what can't be is refused."""
 
+import dataclasses
 import functools
 import json
 import pathlib
+import tracemalloc
 from typing import Any
 
 import jax
@@ -96,6 +98,34 @@ def test_a_mean_of_scales_does_not_depend_on_the_program() -> None:
     for i in range(3):
         one = jax.jit(lambda x: how(x, gone=1))(x[i])
         same(jax.tree.map(lambda x, i=i: x[i], whole), one, str(i))
+
+
+def test_host_memory_is_for_one_packed_tensor_and_the_packed_leaves(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What numpy takes; XLA sees pieces. tools/bench_load.py measures the whole process."""
+    config = dataclasses.replace(
+        small_models.in_blocks(LLAMA), d_model=256, d_ff=1024, num_layers=8, vocab_size=512
+    )
+    test_hf.write(tmp_path, test_hf.make(config, ml_dtypes.bfloat16), config)
+    largest, blocks = [0], packing._blocks
+
+    def seen(x: np.ndarray, *rest: Any) -> Any:
+        largest[0] = max(largest[0], x.size)
+        return blocks(x, *rest)
+
+    monkeypatch.setattr(packing, "_blocks", seen)
+    monkeypatch.setattr(packing, "_PIECE", 1 << 16)
+    hf.load(tmp_path, "bfloat16", quantize=NF4)  # what is compiled and cached stays out of it
+    tracemalloc.start()
+    params = hf.load(tmp_path, "bfloat16", quantize=NF4)[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    kept = tree.nbytes(params)
+    dense = 2 * tree.size(params)
+    assert 0 < largest[0] <= 1 << 16 and kept < 0.3 * dense
+    # Codes of the largest tensor, [1024, 256] in 4 bits, and small objects of Python's.
+    assert kept < peak < kept + 1024 * 256 // 2 + 1e6 < 0.4 * dense
 
 
 def test_shapes_are_those_that_are_loaded(tmp_path: pathlib.Path) -> None:
