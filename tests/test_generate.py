@@ -28,7 +28,7 @@ def adapters_of(model: Any) -> lora.Adapters:
     return jax.tree.map(draw, fresh)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rows_together_are_each_row_alone(model: Any, adapted: bool) -> None:
     generator = generate.Generator(model, adapters_of(model) if adapted else None)
     generator.stop = frozenset()

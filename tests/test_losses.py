@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chunked cross-entropy beside the plain one: weights of any size, bfloat16, what it does not compute."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft import losses
+from jft import losses, matmul, quant
+from jft.models import decoder, families
 
 B, T, D, V = 2, 9, 5, 13
 
@@ -82,3 +85,23 @@ def test_untrained_positions_are_never_looked_at() -> None:
 def test_no_array_has_the_size_of_all_logits() -> None:
     jaxpr = jax.make_jaxpr(jax.grad(chunked, (1, 2)), static_argnums=0)(4, *arrays("float32"))
     assert "4,13]" in str(jaxpr) and "18,13]" not in str(jaxpr) and "20,13]" not in str(jaxpr)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_head_is_never_whole(tied: bool, x64: None) -> None:
+    """Its logits and their gradient are those of the dequantised one, a part of the vocabulary at a time."""
+    c = dataclasses.replace(families.preset("smollm2-135m"), tie_embeddings=tied)
+    V, D = 96, 128
+    w = jax.random.normal(jax.random.key(0), (V, D) if tied else (D, V), jnp.float64)
+    packed = quant.quantize(w, "int8", axis=-1 if tied else -2)
+    x = jax.random.normal(jax.random.key(1), (5, D), jnp.float64)
+
+    def f(x: jax.Array, w: Any) -> jax.Array:
+        params = {"embed": {"embedding": w}} if tied else {"head": {"kernel": w}}
+        return jnp.sin(decoder.head(c, params, x, einsum=matmul.wide_narrow_gradient)).sum()
+
+    got, want = (jax.value_and_grad(f)(x, w) for w in (packed, packed.dequantize()))
+    # Sums of 128 products of order 1 in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, want)
+    program = jax.jit(jax.grad(f)).lower(x, packed).as_text()
+    assert f"tensor<{w.shape[0]}x{w.shape[1]}xf" not in program
