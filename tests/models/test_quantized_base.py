@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jft import cli, config, convert, errors, jobs, lora, models, runs, tree
+from jft import cli, config, convert, errors, jobs, loop, lora, models, runs, tree
 from jft.lora import peft
 from jft.models import architecture, decoder, export, hf, quantizing
 
@@ -302,3 +302,23 @@ def test_training_every_weight_is_refused(changes: Any, said: str, tmp_path: Fil
     c.lora.rank = 0
     c.model.update(changes)
     assert refusal(lambda: jobs.prepare(c, tmp_path)) == said
+
+
+@pytest.mark.slow
+def test_training_on_either_is_the_same(base: File, packed: File, tmp_path: File) -> None:
+    """And an adapter of one fits the other: both have the original's fingerprint."""
+    rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = []
+    for place in (base, packed):
+        c = config.base()
+        c.model.path, c.data.train = str(place), str(tmp_path / "rows.jsonl")
+        c.run_dir = str(tmp_path / place.name)
+        c.model.update(dict(zip(quantizing.KEYS, ("nf4", "int8"), strict=True)))
+        c.steps, c.batch_size, c.data.max_length, c.validate.samples = 2, 4, 64, 0
+        results.append(loop.train(c))
+    assert results[0]["tuned"] == results[1]["tuned"]
+    own, other = (runs.open_result(pathlib.Path(r["result"])) for r in results)
+    same(own[1], other[1])
+    same(own[0].params, other[0].params)
+    assert own[2].quantize == SETTINGS and own[2].fingerprint == other[2].fingerprint
