@@ -17,6 +17,7 @@ from jft import cli, config, convert, errors, jobs, loop, lora, models, runs, tr
 from jft.lora import peft
 from jft.models import architecture, decoder, export, hf, quantizing
 
+pytestmark = pytest.mark.slow  # each kernel's quantisation is a program to compile
 SETTINGS = quantizing.Settings("nf4", "int8")
 UP = "layers/mlp/up/kernel"
 FLAGS = ("--quantize=nf4", "--quantize_embeddings=int8")

@@ -50,7 +50,16 @@ _whole = jax.jit(lambda x, how: how(x), static_argnums=1)
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("preset", small_models.ONE_EACH)
+QUICK = ("smollm2-135m", "gpt-oss-20b")  # each takes seconds to compile: the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in small_models.ONE_EACH
+    ],
+)
 def test_every_family(tmp_path: pathlib.Path, preset: str) -> None:
     config = write(tmp_path, preset)
     _, dense, fingerprint = hf.load(tmp_path, "float32")
@@ -69,8 +78,10 @@ def test_every_family(tmp_path: pathlib.Path, preset: str) -> None:
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
-@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [("nf4", ml_dtypes.bfloat16), ("int4", np.float16), ("int8", np.float32)],
+)
 def test_from_what_is_stored_and_in_pieces(
     tmp_path: pathlib.Path, kind: str, stored: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
