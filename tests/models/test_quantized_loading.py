@@ -49,10 +49,10 @@ def as_a_whole(params: Any, to: quantizing.Settings, dtype: Any = np.float32) ->
 _whole = jax.jit(lambda x, how: how(x), static_argnums=1)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 QUICK = ("smollm2-135m", "gpt-oss-20b")  # each takes seconds to compile: the others are slow tests
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     "preset",
     [
