@@ -10,7 +10,7 @@ from typing import Any
 
 from jft import answers, errors, generate, lora, models, runs, sources
 from jft.data import encoding, load
-from jft.verbs import parsing
+from jft.models import quantizing
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def _open_run(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters, s
     folder = sources.result_folder(flags.run, asked)
     own = asked in ("best", "last")
     sidecar = runs.read_sidecar(folder)
-    used = parsing.quantize(flags, sidecar.quantize)
+    used = sidecar.quantize.replaced(flags.quantize, flags.quantize_embeddings)
     model, adapters, sidecar = runs.open_result(
         folder, adapter=own, force=flags.force, quantize=used
     )
@@ -92,7 +92,7 @@ def _open_model(flags: argparse.Namespace) -> tuple[models.Model, lora.Adapters,
     """The model with its own template, or with those of training where the adapter knows them."""
     asked = None if flags.adapter in (None, "none") else sources.adapter(flags.adapter)
     revision = asked.revision_of(flags.model, flags.revision) if asked else flags.revision
-    used = parsing.quantize(flags)
+    used = quantizing.DENSE.replaced(flags.quantize, flags.quantize_embeddings)
     model = models.load(
         flags.model, dtype=flags.dtype or "float32", revision=revision, quantize=used
     )

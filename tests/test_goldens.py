@@ -163,7 +163,7 @@ def _slow(*values: str) -> Any:
     ],
 )
 def test_lora_curve_in_double_precision(
-    goldens: pathlib.Path, variant: str, mode: str, x64: None
+    goldens: pathlib.Path, variant: str, mode: str, x64: None, quick_compiles: None
 ) -> None:
     check_lora(goldens, variant, "float64", mode, CURVE_64)
 
@@ -173,7 +173,9 @@ def test_lora_curve_in_single_precision(goldens: pathlib.Path, variant: str) -> 
     check_lora(goldens, variant, "float32", "factored", CURVE_32)
 
 
-def test_full_curve_in_double_precision(goldens: pathlib.Path, x64: None) -> None:
+def test_full_curve_in_double_precision(
+    goldens: pathlib.Path, x64: None, quick_compiles: None
+) -> None:
     check_full(goldens, "float64", CURVE_64)
 
 
@@ -190,11 +192,15 @@ def test_logits_of_the_other_tiny_model(shared: pathlib.Path, x64: None) -> None
     "variant",
     ["lora_AB", "dora_B0", *map(_slow, ("lora_B0", "rslora_B0", "rslora_AB", "dora_AB"))],
 )
-def test_lora_curve_of_the_other_tiny_model(shared: pathlib.Path, variant: str, x64: None) -> None:
+def test_lora_curve_of_the_other_tiny_model(
+    shared: pathlib.Path, variant: str, x64: None, quick_compiles: None
+) -> None:
     check_lora(shared / "golden" / "tiny", variant, "float64", "factored", CURVE_64)
 
 
-def test_full_curve_of_the_other_tiny_model(shared: pathlib.Path, x64: None) -> None:
+def test_full_curve_of_the_other_tiny_model(
+    shared: pathlib.Path, x64: None, quick_compiles: None
+) -> None:
     check_full(shared / "golden" / "tiny", "float64", CURVE_64)
 
 

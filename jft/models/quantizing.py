@@ -40,6 +40,13 @@ class Settings:
     def __str__(self) -> str:
         return f"quantize={self.kind} and quantize_embeddings={self.embeddings}"
 
+    def replaced(self, kind: str | None, embeddings: str | None) -> "Settings":
+        """The same with the values that are given."""
+        return Settings(
+            self.kind if kind is None else kind,
+            self.embeddings if embeddings is None else embeddings,
+        )
+
     def check(self) -> None:
         """Raises UserError for a kind that there is not."""
         for key, value, kinds in (

@@ -87,7 +87,9 @@ def export(arguments: list[str]) -> int:
     _min_cosine(parser)
     parsing.add_quantize(parser, "of --model: writes a quantised base")
     flags = parser.parse_args(arguments)
-    settings = parsing.quantize(flags)
+    from jft.models import quantizing
+
+    settings = quantizing.DENSE.replaced(flags.quantize, flags.quantize_embeddings)
     if flags.run and settings:
         parser.error("--quantize is of --model; a run's result is written in whole numbers")
     if bool(flags.run) == bool(flags.model):

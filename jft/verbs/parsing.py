@@ -36,19 +36,9 @@ def size(text: str) -> int:
 
 
 def add_quantize(parser: Parser, what: str) -> None:
-    """The flags that `quantize` reads."""
+    """What `quantizing.Settings` has."""
     parser.add_argument("--quantize", help=f"{what}; nf4, int4, int8 or none")
     parser.add_argument("--quantize_embeddings", help="its embedding and head likewise: int8, none")
-
-
-def quantize(flags: argparse.Namespace, default: Any = None) -> Any:
-    """What they say, as `quantizing.Settings`; a flag that is not given leaves the default's (none)."""
-    from jft.models import quantizing
-
-    own = default or quantizing.DENSE
-    kind = own.kind if flags.quantize is None else flags.quantize
-    embeddings = flags.quantize_embeddings
-    return quantizing.Settings(kind, own.embeddings if embeddings is None else embeddings)
 
 
 def show(found: Mapping[str, Any], rendered: str, as_json: bool) -> None:

@@ -197,7 +197,8 @@ def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(
         assert np.abs(grad.b).max() > 0, path
 
 
-@pytest.mark.parametrize("mode", ["merged", pytest.param("hidden", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["merged", "hidden"])
 def test_adapters_of_experts_train_alike_in_every_mode(
     mode: str, x64: None, quick_compiles: None
 ) -> None:
