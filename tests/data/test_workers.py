@@ -234,10 +234,11 @@ def test_an_iterator_that_is_closed_leaves_no_process(tokenizer: Any, pools: Poo
 
 
 SCRIPT = """
-import itertools, pathlib, sys, time
+import itertools, pathlib, signal, sys, time
 from jft import models
 from jft.data import encoding, examples, workers
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 workers._PATIENCE, workers._cores = 0.0, lambda: 2
 made = workers._Pool.__init__
 def noted(pool, encoder):
@@ -265,12 +266,15 @@ def test_an_end_from_outside_leaves_no_process(
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert script.stdout is not None
-    pids = [int(pid) for pid in script.stdout.readline().split()]
-    assert len(pids) == 2
-    time.sleep(1.0 if how == signal.SIGINT else 3.0)
-    script.send_signal(how)
-    _, told = script.communicate(timeout=20)
+    try:
+        assert script.stdout is not None
+        pids = [int(pid) for pid in script.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(1.0 if how == signal.SIGINT else 3.0)
+        script.send_signal(how)
+        _, told = script.communicate(timeout=20)
+    finally:
+        script.kill()  # a failed test must not leave it running either
     assert told.count("Traceback") == (how == signal.SIGINT), told  # of the script alone
     end = time.monotonic() + 10
     while any(map(alive, pids)):
