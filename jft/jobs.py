@@ -15,7 +15,7 @@ from ml_collections import config_dict
 from jft import errors, hosts, lora, measure, models, plan, program, sharding, step, transfer, tree
 from jft.data import batches, load
 from jft.data import rows as rows_of
-from jft.models import architecture, decoder, families, quantizing
+from jft.models import architecture, decoder, families
 from jft.plan import chips, fit
 
 
@@ -112,7 +112,7 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
     """
     c = config
     models.check_dtype(c.model.dtype)
-    _check_quantisation(c)
+    program.check_quantisation(c)
     layout = make_layout(c, jax.devices())
     revision = c.model.revision or None
     tokenizer = models.load_tokenizer(c.model.path, revision)
@@ -167,17 +167,6 @@ def prepare(config: config_dict.ConfigDict, folder: pathlib.Path) -> Job:
         frozen=frozen,
         program=built,
     )
-
-
-def _check_quantisation(c: config_dict.ConfigDict) -> None:
-    """Raises UserError for a kind that there is not, or where there is no adapter to train."""
-    settings = program.quantisation(c)
-    settings.check()
-    if settings and not c.lora.rank:
-        key = next(k for k in quantizing.KEYS if c.model[k] != quantizing.NONE)
-        raise errors.UserError(
-            f"model.{key}={c.model[key]} keeps the base frozen: it needs an adapter (lora.rank above 0)"
-        )
 
 
 def _evaluation_width(

@@ -176,6 +176,17 @@ def quantisation(c: config_dict.ConfigDict) -> quantizing.Settings:
     return quantizing.Settings(c.model.quantize, c.model.quantize_embeddings)
 
 
+def check_quantisation(c: config_dict.ConfigDict) -> None:
+    """Raises UserError for a kind that there is not, or where there is no adapter to train."""
+    settings = quantisation(c)
+    settings.check()
+    if settings and not c.lora.rank:
+        key = next(key for key in quantizing.KEYS if c.model[key] != quantizing.NONE)
+        raise errors.UserError(
+            f"model.{key}={c.model[key]} keeps the base frozen: it needs an adapter (lora.rank above 0)"
+        )
+
+
 def stored_dtype(c: config_dict.ConfigDict) -> str:
     """Weights that train are float32 whatever the computation's dtype; see step.full_loss."""
     return c.model.dtype if c.lora.rank else "float32"
@@ -235,6 +246,7 @@ def check(
     """Raises UserError for settings that don't fit each other, the model or the mesh."""
     if c.remat not in ("auto", *remat.POLICIES):
         raise errors.UserError(f"remat={c.remat!r}: auto, or one of {', '.join(remat.POLICIES)}")
+    check_quantisation(c)
     if c.router_loss < 0 or (c.router_loss and not model.experts):
         raise errors.UserError(
             f"router_loss={c.router_loss}: 0 or more, and 0 for a model without experts"

@@ -5,7 +5,6 @@ python tools/quantize_table.py [--model=smollm2-135m-instruct]
 """
 
 import argparse
-import dataclasses
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|")
     for kind in quant.KINDS:
-        squares, total, bits, found = 0.0, 0.0, 0, []
+        squares, total, bits, numbers, found = 0.0, 0.0, 0, 0, []
         for path, x in leaves.items():
             how = quantizing.way(path, x.shape, quantizing.Settings(kind))
             if how is None:
@@ -37,9 +36,10 @@ def main() -> None:
                 total + length,
                 bits + 8 * q.nbytes,
             )
-            found.append(dataclasses.replace(lost, bits=q.size))
+            numbers += q.size
+            found.append(lost)
         print(
-            f"| {kind} | {bits / sum(one.bits for one in found):.3f} | {(squares / total) ** 0.5:.5f}"
+            f"| {kind} | {bits / numbers:.3f} | {(squares / total) ** 0.5:.5f}"
             f" | {max(one.relative for one in found):.5f} | {min(one.cosine for one in found):.5f} |"
         )
 

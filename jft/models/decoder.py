@@ -242,12 +242,15 @@ def embed(
     return x_BTD
 
 
-def _looked_up(table: jax.Array, at_BT: jax.Array, how: Execution) -> jax.Array:
+def _looked_up(table: Any, at_BT: jax.Array, how: Execution) -> jax.Array:
     """Rows of a table. On a mesh each device looks up its part of the dimension for the rows of all, and they swap."""
     layout = how.layout
     if layout is not None:
         at_BT = layout.constrain(at_BT, ("slice", "data"), "context")
-    x_BTD = jnp.take(table, at_BT, axis=0)
+    if tree.is_quantized(table) and -table.ndim not in table.packed_axes:
+        x_BTD = jax.tree.map(lambda x: jnp.take(x, at_BT, axis=0), table).dequantize()
+    else:
+        x_BTD = jnp.take(tree.dense(table), at_BT, axis=0)
     if how.dtype is not None:
         x_BTD = x_BTD.astype(how.dtype)
     if layout is None:
@@ -277,8 +280,8 @@ def head(
         logits = _logits(functools.partial(einsum, "...D,DV->...V"), x, params["head"]["kernel"], 1)
     else:
         embedding = params["embed"]["embedding"]
-        if few:
-            logits = einsum("VD,BD->VB", tree.dense(embedding).astype(x.dtype), x).T
+        if few and not tree.is_quantized(embedding):
+            logits = einsum("VD,BD->VB", embedding.astype(x.dtype), x).T
         else:
             logits = _logits(functools.partial(einsum, "...D,VD->...V"), x, embedding, 0)
     if c.logits_divisor != 1.0:

@@ -2,11 +2,10 @@
 """Which weights of a model are quantised, how, and along which dimension their blocks run.
 
 Kernels of attention, MLP and experts are; norms, biases and the router stay as they are. The embedding and the head have
-a setting of their own: they are a fifth of an 8B model, and errors in the head go straight into the logits.
+a setting of their own: errors in the head go straight into the logits.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -114,11 +113,10 @@ def way(path: str, shape: tuple[int, ...], to: Settings, block: int = quant.BLOC
 
 def shapes(params: Any, to: Settings) -> Any:
     """Shapes of a model's parameters, those that are quantised as QArrays of shapes."""
-
     return tree.unflatten({path: shape(path, x, to) for path, x in tree.flatten(params).items()})
 
 
 def shape(path: str, x: jax.ShapeDtypeStruct, to: Settings) -> Any:
     """The shape of one parameter, or those of its QArray."""
     how = way(path, x.shape, to)
-    return x if how is None else jax.eval_shape(functools.partial(how), x)
+    return x if how is None else jax.eval_shape(how, x)

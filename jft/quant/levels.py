@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the codes of each kind stand for: levels between -1 and 1, and the nearest level of a number.
 
-NF4's levels are chosen by a tree of selects, which fuses with what reads them; a lookup in a table takes the same time on a
-CPU (0.35 ns a weight) and is slow on a TPU. The 256 levels of scales are computed on a TPU alone: on a CPU XLA would do it
+NF4's levels are chosen by a tree of selects, which fuses with what reads them; on a CPU a lookup in a table takes the same time
+(0.35 ns a weight). The 256 levels of scales are computed on a TPU alone: on a CPU XLA would do it
 again for each of a block's weights (13 ns a weight).
 """
 

@@ -16,7 +16,7 @@ import pytest
 import small_models
 import test_hf
 
-from jft import errors, lora, models, tree
+from jft import config, errors, lora, models, program, tree
 from jft.models import architecture, decoder, families, hf, packing, quantizing
 
 NF4 = quantizing.Settings("nf4", "int8")
@@ -175,6 +175,26 @@ def test_a_shape_that_allows_no_block(tmp_path: pathlib.Path) -> None:
     assert said.startswith("model.quantize") and "multiple of a block of 64" in said
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_model_computes_what_the_dequantised_one_does(tied: bool) -> None:
+    """Also the embedding's rows and the head, for whole rows and for a few, without the transform."""
+    config = dataclasses.replace(small_models.in_blocks(LLAMA), tie_embeddings=tied)
+    dense = tree.flatten(decoder.init(config, key=jax.random.key(0)))
+    to = quantizing.Settings("nf4", "int8")
+    ways = {path: quantizing.way(path, x.shape, to) for path, x in dense.items()}
+    assert ways["embed/embedding"]
+    packed = tree.unflatten(
+        {path: how(dense[path]) if (how := ways[path]) else dense[path] for path in dense}
+    )
+    values = jax.tree.map(tree.dense, packed, is_leaf=tree.is_quantized)
+    tokens = jnp.arange(12).reshape(2, 6)
+    few = lambda params: decoder.head(config, params, jnp.ones((2, config.d_model)), few=True)  # noqa: E731
+    apply = lambda params: decoder.apply(config, params, tokens)  # noqa: E731
+    for f in (apply, few):
+        # Float32 sums of 64 to 128 terms in another order.
+        np.testing.assert_allclose(f(packed), f(values), rtol=1e-5, atol=1e-5)
+
+
 def test_kinds_that_there_are_not(tmp_path: pathlib.Path) -> None:
     for settings, said in (
         (quantizing.Settings("nf3"), "model.quantize='nf3': one of none, nf4, int4, int8"),
@@ -199,3 +219,19 @@ def test_mxfp4_is_told(tmp_path: pathlib.Path) -> None:
     count = 2 * config.num_layers
     assert note == f"{tmp_path.name}: {count} MXFP4 tensors are dequantised and quantised again"
     assert hf.notes(tmp_path, quantizing.Settings("none", "int8")) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantize": "nf4"}, r"model.quantize=nf4 keeps the base frozen: .*lora.rank above 0"),
+        ({"quantize": "q4"}, "model.quantize='q4': one of none, nf4, int4, int8"),
+    ],
+)
+def test_a_plan_refuses_what_training_refuses(changes: Any, said: str) -> None:
+    c = config.base()
+    c.lora.rank = 0
+    c.model.update(changes)
+    small = small_models.in_blocks(LLAMA)
+    with pytest.raises(errors.UserError, match=said):
+        program.build(c, small, layout=None, backend="cpu", length=8, steps=1)
