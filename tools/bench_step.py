@@ -77,7 +77,9 @@ def measure(c: Any, arch: Any, length: int, steps: int, kernels: int) -> dict[st
     batch = {k: place(v, lambda x: jnp.ones(x.shape, x.dtype)) for k, v in rows.items()}
     ids = lambda x: invented(x) % arch.vocab_size  # noqa: E731
     batch["tokens"], batch["targets"] = (place(rows[k], ids) for k in ("tokens", "targets"))
-    batch["positions"] = place(rows["positions"], lambda x: lax.broadcasted_iota(x.dtype, x.shape, 1))
+    batch["positions"] = place(
+        rows["positions"], lambda x: lax.broadcasted_iota(x.dtype, x.shape, 1)
+    )
     times = []
     for _ in range(steps + 2):  # the first two are warm-up
         began = time.perf_counter()
