@@ -89,10 +89,9 @@ class Watch:
         ]
 
 
-def record(values: Mapping[str, float]) -> dict[str, float | None]:
-    """A step's metrics as JSON can hold them: null for what is not finite."""
-    found = {k: v if math.isfinite(v) else None for k, v in values.items()}
-    return found | {"skipped": int(values["skipped"])}
+def record(**values: float) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: null for what is not finite."""
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
 
 
 def settle(

@@ -202,7 +202,7 @@ def loop(
         pending = None
         values = {k: float(v) for k, v in values.items()}
         measured = meter.step(int(values.pop("positions")))
-        metrics.write(step=number, **divergence.record(values), **measured)
+        metrics.write(step=number, **divergence.record(**values), **measured)
         examine = functools.partial(debugging.explain, job, progress.state, number)
         said = divergence.settle(
             progress.watch, job, number, values, lambda: saved.latest, examine if debug else None
@@ -218,7 +218,7 @@ def loop(
         if not len(job.data.valid):
             return
         value = job.mean_loss(job.data.valid, progress.state.trainable)
-        metrics.write(step=number, valid_loss=value)
+        metrics.write(step=number, **divergence.record(valid_loss=value))
         if lead:
             bar.write(f"step {number}: validation loss {value:.4f}", file=sys.stderr)
         if number and value < progress.best.get("loss", math.inf):
