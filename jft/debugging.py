@@ -10,13 +10,14 @@ How it is done is in `origins`. `jft train --debug` looks at a step in this way 
 import collections
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jft import hosts, origins, step
 
+SHOWN = 6  # inputs of an operation at most
 WORDS = (("^(adapter|base|model)/layers/", "layer"), ("^batch/", "micro-batch"))
 
 
@@ -31,7 +32,7 @@ class Finding:
     def line(self) -> str:
         """The first of them, in a line."""
         if not self.operations:
-            return f"{self.result} is not finite, but no single operation's result: the program compiled as a whole rounds otherwise"
+            return f"{self.result} is not finite, for a constant of the function is not"
         return (
             f"{self.result} is not finite; the first such operation is {_told(self.operations[0])}"
         )
@@ -41,10 +42,15 @@ class Finding:
         """All of them, with what went in and came out."""
         found = []
         for origin in self.operations:
-            found.append(_told(origin))
-            found += [f"    in   {value}" for value in origin.inputs]
-            found += [f"    out  {value}" for value in origin.outputs]
+            found += [_told(origin), *_shown("in", origin.inputs), *_shown("out", origin.outputs)]
         return found
+
+
+def _shown(label: str, values: Sequence[origins.Value]) -> list[str]:
+    """Values, of many those that are not finite first."""
+    some = sorted(values, key=lambda value: not value.bad) if len(values) > SHOWN else values
+    lines = [f"    {label:<4} {value}" for value in some[:SHOWN]]
+    return [*lines, f"    {label:<4} and {len(some) - SHOWN} more"] if len(some) > SHOWN else lines
 
 
 def _told(origin: origins.Origin) -> str:

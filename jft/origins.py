@@ -120,9 +120,7 @@ class Search:
         for i, eqn in enumerate(jaxpr.eqns):
             inputs = [read(v) for v in eqn.invars]
             results = _evaluate(eqn, [x.array for x in inputs], jaxpr.debug_info)
-            here = places
-            if "transpose(" in str(eqn.source_info.name_stack) and BACKWARD not in places:
-                here = (*places, BACKWARD)
+            here = _direction(eqn, places)
             inside = self._inside(eqn, inputs, here)
             outputs = self._judge(eqn, here, inputs, results, inside)
             env |= zip(eqn.outvars, outputs, strict=True)
@@ -152,10 +150,9 @@ class Search:
         for x in outputs:
             handed = [v for v in inputs if v.nan or (v.bad and not x.nan)]
             origin = _earliest(handed)
+            # It came about here, or this is the first to use an argument that holds it.
             if not handed or (origin is None and any(v.name for v in handed)):
-                origin = (
-                    own  # it came about here, or this is the first to use an argument that holds it
-                )
+                origin = own
             judged.append(dataclasses.replace(x, origin=origin) if x.bad else x)
         return judged
 
@@ -244,6 +241,13 @@ class _Body:
 
     def __call__(self, values: Sequence[Value]) -> list[Any]:
         return self._run(*(x.array for x in values))
+
+
+def _direction(eqn: Any, places: tuple[str, ...]) -> tuple[str, ...]:
+    backward = "transpose(" in str(
+        eqn.source_info.name_stack
+    )  # as jax names what differentiation adds
+    return (*places, BACKWARD) if backward and BACKWARD not in places else places
 
 
 def _evaluate(eqn: Any, arrays: Sequence[Any], debug_info: Any) -> Sequence[Any]:

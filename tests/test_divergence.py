@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jft import cli, config, divergence, errors, loop
+from jft import cli, config, divergence, errors, loop, optim
 from jft.plan import fit
 
 # The losses of the 112 steps of configs/support.py.
@@ -96,6 +96,11 @@ def test_a_watch_that_goes_on_from_its_state_is_uninterrupted(cut: int) -> None:
         got += second.step(n, values(x))
     assert got == want and len(want) == 3
     assert second == whole
+
+
+def test_a_limit_below_none_is_refused() -> None:
+    with pytest.raises(errors.UserError, match="optim.max_skipped=-1: it must be 0 or more"):
+        optim.Optim(max_skipped=-1)
 
 
 def test_a_record_is_json_of_the_strict_kind() -> None:
