@@ -6,6 +6,7 @@ process alone writes files and prints.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -18,7 +19,19 @@ import jax
 import tqdm
 from ml_collections import config_dict
 
-from jft import checkpoint, errors, hosts, jobs, measure, runs, step, summary, tree
+from jft import (
+    checkpoint,
+    debugging,
+    divergence,
+    errors,
+    hosts,
+    jobs,
+    measure,
+    runs,
+    step,
+    summary,
+    tree,
+)
 from jft import config as configuration
 from jft.data import load
 
@@ -33,19 +46,21 @@ class Progress:
 
     Attributes:
       state: after the last step.
+      watch: over its loss.
       best: step and loss of the best validation; empty before the first.
       seconds: of training, also in earlier attempts.
       speed: of this attempt's median step, see `measure.Meter.summary`.
     """
 
     state: step.State
+    watch: divergence.Watch
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     speed: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def train(
-    config: config_dict.ConfigDict, *, fresh: bool = False, profile: str = ""
+    config: config_dict.ConfigDict, *, fresh: bool = False, profile: str = "", debug: bool = False
 ) -> dict[str, Any]:
     """Runs, or resumes, the training that the configuration describes.
 
@@ -53,16 +68,18 @@ def train(
       config: complete and valid, see `jft.config`.
       fresh: move an existing run out of the way instead of resuming it.
       profile: steps to trace, "start:stop"; see `measure.Profile`.
+      debug: stop at the first step that is not finite, and find the operation; see `debugging`.
 
     Returns:
       The summary: scores of base and tuned model, sizes, times, where everything lies.
 
     Raises:
-      UserError: bad input, or a loss that is not finite.
+      UserError: bad input, or a loss that stays not finite.
       Interrupted: by a signal; the state is saved.
     """
     configuration.check_complete(config, "config")
-    hosts.agree("the command", {"config": config.to_dict(), "fresh": fresh, "profile": profile})
+    flags = {"fresh": fresh, "profile": profile, "debug": debug}
+    hosts.agree("the command", {"config": config.to_dict(), **flags})
     folder = pathlib.Path(config.run_dir)
     runs.claim(folder, config, fresh)
     if hosts.any(hosts.lead() and (folder / "summary.json").exists()):
@@ -79,7 +96,7 @@ def train(
     asked = profile if hosts.lead() else ""
     trace = measure.Profile(asked, str(folder / "profile"), first=first, last=job.steps)
     try:
-        loop(job, progress, saved, metrics, trace)
+        loop(job, progress, saved, metrics, trace, debug)
     finally:
         trace.close()
         saved.close()
@@ -87,7 +104,7 @@ def train(
     _save_result(job, progress.state.trainable, "last", job.steps, progress.best)
     _free(progress.state)  # what follows may load two more models
     hosts.barrier("the result is written")
-    return summary.make(job, progress.best, progress.seconds, progress.speed)
+    return summary.make(job, progress.best, progress.seconds, progress.speed, progress.watch)
 
 
 def _lead_only(path: pathlib.Path) -> pathlib.Path:
@@ -118,7 +135,7 @@ def _start(job: jobs.Job, saved: checkpoint.Checkpoints) -> Progress:
     """Where to begin: fresh, or at the newest checkpoint."""
     hosts.agree("the newest checkpoint", saved.latest)
     if saved.latest is None:
-        return Progress(job.first_state())
+        return Progress(job.first_state(), divergence.Watch(job.config.optim.max_skipped))
     _free(job.trainable)  # the saved values come in their place
     state, extra = saved.restore(job.program.state)
     if extra["base"] != job.model.fingerprint or extra["data"] != job.data.report["fingerprint"]:
@@ -128,7 +145,8 @@ def _start(job: jobs.Job, saved: checkpoint.Checkpoints) -> Progress:
         )
     if hosts.lead():
         print(f"resuming after step {int(state.step)} of {job.steps}", file=sys.stderr)
-    return Progress(state, extra["best"], extra["seconds"])
+    watch = divergence.Watch.from_state(job.config.optim.max_skipped, extra["watch"])
+    return Progress(state, watch, extra["best"], extra["seconds"])
 
 
 def _free(arrays: Any) -> None:
@@ -162,10 +180,12 @@ def loop(
     saved: checkpoint.Checkpoints,
     metrics: runs.Metrics,
     trace: measure.Profile,
+    debug: bool = False,
 ) -> None:
     """Trains to the last step, and keeps `progress` true.
 
-    The device never waits: step n is dispatched before the metrics of step n - 1 are read.
+    The device never waits: step n is dispatched before the metrics of step n - 1 are read; but with `debug`, where what a
+    step began with must still be there when it is looked at.
     """
     c, start, before = job.config, int(progress.state.step), progress.seconds
     validate_every = c.validate.every_steps or max(1, math.ceil(job.steps / 4))
@@ -182,12 +202,13 @@ def loop(
         pending = None
         values = {k: float(v) for k, v in values.items()}
         measured = meter.step(int(values.pop("positions")))
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise errors.UserError(
-                f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite;"
-                " lower optim.learning_rate, or look at the data of that step"
-            )
-        metrics.write(step=number, **values, **measured)
+        metrics.write(step=number, **divergence.record(**values), **measured)
+        examine = functools.partial(debugging.explain, job, progress.state, number)
+        said = divergence.settle(
+            progress.watch, job, number, values, lambda: saved.latest, examine if debug else None
+        )
+        for line in said if lead else ():
+            bar.write(line, file=sys.stderr)
         speed = f"{measured['tokens_per_second']:.0f} tokens/s"
         bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
         bar.update()
@@ -197,7 +218,7 @@ def loop(
         if not len(job.data.valid):
             return
         value = job.mean_loss(job.data.valid, progress.state.trainable)
-        metrics.write(step=number, valid_loss=value)
+        metrics.write(step=number, **divergence.record(valid_loss=value))
         if lead:
             bar.write(f"step {number}: validation loss {value:.4f}", file=sys.stderr)
         if number and value < progress.best.get("loss", math.inf):
@@ -212,6 +233,7 @@ def loop(
             "base": job.model.fingerprint,
             "data": job.data.report["fingerprint"],
             "seconds": progress.seconds,
+            "watch": progress.watch.state(),
         }
         saved.save(progress.state, extra)
         meter.restart()
@@ -238,6 +260,8 @@ def loop(
                 progress.state, values = job.program.train_step(progress.state, job.frozen, batch)
             settle()
             pending = (number, values)
+            if debug:
+                settle()
             stopping = stop.up(signals.received is not None)
             if number % validate_every == 0 or number == job.steps:
                 validate(number)
