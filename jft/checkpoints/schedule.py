@@ -35,8 +35,11 @@ class Schedule:
         return self._steps > 0 and number % self._steps == 0
 
     def overdue(self) -> bool:
-        """Whether the time does, by this process's clock."""
-        return self._seconds > 0 and self._clock() - self._since >= self._seconds
+        """Whether the time does, by this process's clock; says so once, then the minutes begin again."""
+        late = self._seconds > 0 and self._clock() - self._since >= self._seconds
+        if late:
+            self.saved()
+        return late
 
     def saved(self) -> None:
         self._since = self._clock()
