@@ -26,7 +26,7 @@ class Claim:
       folder: is made where it is not there.
       config: must be that of the run which is there, but for what changes no mathematics.
       fresh: move that run aside instead.
-      force: let other settings pass; they are in `forced`, by line.
+      force: let other settings pass.
 
     Raises:
       UserError: another process or another run has it, it can't be made, or is not one folder for all processes.
@@ -40,33 +40,16 @@ class Claim:
         fresh: bool = False,
         force: bool = False,
     ):
-        self._folder, self._lock = folder, None
-        self.forced: list[str] = []
+        self._lock = None
         if hosts.lead():
             self._lock = _take(folder, fresh)
             try:
                 _clear(folder)
-                self.forced = _changed(folder, config)
-                if self.forced and not force:
-                    raise errors.UserError(
-                        f"{folder} holds a run with other settings ({'; '.join(self.forced)}): give"
-                        " --config.run_dir=NEW, --fresh to start again there, or --force to go on with them"
-                    )
-                if self.forced:
-                    (folder / "summary.json").unlink(missing_ok=True)
+                _compare(folder, config, force)
             except BaseException:
                 self.release()
                 raise
         _check_seen_by_all(folder)
-
-    def record(self, step: int, more: list[str]) -> None:
-        """Writes down and prints what was forced, now that it is known after which step."""
-        told = self.forced + more
-        if not hosts.lead() or not told:
-            return
-        with (self._folder / FORCED).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"after_step": step, "changed": told}, ensure_ascii=False) + "\n")
-        print(f"--force: after step {step} {'; '.join(told)}", file=sys.stderr)
 
     def release(self) -> None:
         if self._lock is not None:
@@ -108,13 +91,20 @@ def _clear(folder: pathlib.Path) -> None:
         part.unlink()
 
 
-def _changed(folder: pathlib.Path, config: config_dict.ConfigDict) -> list[str]:
-    """The settings that differ from those of the run which is there, if it has come to anything."""
-    described = folder / "config.json"
-    made = any((folder / "checkpoints").glob("[0-9]*")) or (folder / "summary.json").exists()
+def _compare(folder: pathlib.Path, config: config_dict.ConfigDict, force: bool) -> None:
+    """Raises UserError for settings other than those of the run which is there, if it has come to anything."""
+    described, finished = folder / "config.json", folder / "summary.json"
+    made = any((folder / "checkpoints").glob("[0-9]*")) or finished.exists()
     if not described.exists() or not made:
-        return []
-    return changes(config.to_dict(), runs.read_json(described)["resolved"])
+        return
+    changed = changes(config.to_dict(), runs.read_json(described)["resolved"])
+    if changed and not force:
+        raise errors.UserError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): give"
+            " --config.run_dir=NEW, --fresh to start again there, or --force to go on with them"
+        )
+    if changed:
+        finished.unlink(missing_ok=True)
 
 
 def changes(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
@@ -138,3 +128,12 @@ def _check_seen_by_all(folder: pathlib.Path) -> None:
     hosts.agree(f"run_dir={folder} (a mounted bucket or a shared file system is needed)", seen)
     if hosts.lead():
         mark.unlink()
+
+
+def record_forced(folder: pathlib.Path, step: int, changed: list[str]) -> None:
+    """Writes down, and prints, what was forced and after which step."""
+    if not hosts.lead() or not changed:
+        return
+    with (folder / FORCED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"after_step": step, "changed": changed}, ensure_ascii=False) + "\n")
+    print(f"--force: after step {step} {'; '.join(changed)}", file=sys.stderr)

@@ -85,19 +85,19 @@ def train(
         if hosts.any(hosts.lead() and (folder / "summary.json").exists()):
             return summary.read(folder)
         job = jobs.prepare(config, folder)
-        return _run(job, claim, force, profile)
+        return _run(job, force, profile)
     finally:
         claim.release()
 
 
-def _run(job: jobs.Job, claim: claims.Claim, force: bool, profile: str) -> dict[str, Any]:
+def _run(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
     if hosts.lead():
         _announce(job)
     c = job.config.checkpoint
     saved = checkpoints.Checkpoints(c.folder or job.folder / "checkpoints", c.keep)
     with contextlib.ExitStack() as stack:
         stack.callback(saved.close)
-        progress, history = _start(job, saved, claim, force)
+        progress, history = _start(job, saved, force)
         if hosts.lead():
             runs.describe(job.folder, job.config, job.data.report, job.layout)
         begun = int(progress.state.step)
@@ -138,9 +138,7 @@ def _mesh(job: jobs.Job) -> str:
     return f"{count} devices ({kind}) of {jax.process_count()} processes: {sizes}"
 
 
-def _start(
-    job: jobs.Job, saved: checkpoints.Checkpoints, claim: claims.Claim, force: bool
-) -> tuple[Progress, str]:
+def _start(job: jobs.Job, saved: checkpoints.Checkpoints, force: bool) -> tuple[Progress, str]:
     """Where to begin, fresh or at the newest checkpoint, and the lines of metrics.jsonl before it."""
     if not saved.steps:
         return Progress(job.first_state()), ""
@@ -155,7 +153,7 @@ def _start(
             f"{job.folder}: {'; '.join(changed)} since the checkpoint of step {number}: give --config.run_dir=NEW,"
             " --fresh to start again, or --force to go on with what is there now"
         )
-    claim.record(number, changed)
+    claims.record_forced(job.folder, number, changed)
     if hosts.lead():
         print(f"resuming after step {number} of {job.steps}", file=sys.stderr)
     return Progress(state, **record["progress"]), record["metrics"]
