@@ -8,6 +8,7 @@ it, and a run that goes on writes them anew. Times are in a file of their own, f
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -51,16 +52,25 @@ class Lines:
             self._file.close()
 
 
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a file, which may be growing or cut off; [] where there is none."""
+    return [record for _, record in _whole_lines(path)]
+
+
 def up_to(path: pathlib.Path, step: int) -> str:
-    """The whole lines of a file that belong to steps up to this one; "" where there is no such file."""
+    """The text of the whole lines that belong to steps up to this one."""
+    return "".join(
+        line + "\n" for line, record in _whole_lines(path) if record.get("step", step + 1) <= step
+    )
+
+
+def _whole_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
-        return ""
-    kept = []
+        return
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except ValueError:  # empty, or cut off by a crash
             continue
-        if record.get("step", step + 1) <= step:
-            kept.append(line + "\n")
-    return "".join(kept)
+        if isinstance(record, dict):
+            yield line, record

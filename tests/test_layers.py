@@ -26,6 +26,7 @@ ROWS = (
     ("runs", "answers", "jobs"),
     ("summary", "sources", "claims", "journal"),
     ("loop", "talk", "convert", "check"),
+    ("verify",),
     ("verbs",),
     ("cli",),
 )

@@ -48,12 +48,13 @@ class Checkpoints:
     Args:
       folder: is made.
       keep: that many of the newest stay, beside the best.
+      read_only: change nothing, as where another process may be saving.
 
     Raises:
       UserError: the folder can't be used.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int):
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 1, *, read_only: bool = False):
         if keep < 1:
             raise errors.UserError(f"checkpoint.keep={keep}: it must be 1 or more")
         # Orbax logs an error with its stack, over pages, before it raises it.
@@ -65,7 +66,9 @@ class Checkpoints:
         self._kept, self._saving = _Kept(keep), -1
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._kept,
-            cleanup_tmp_directories=True,  # of saves that were killed
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of saves that were killed
+            create=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
         try:
