@@ -84,13 +84,22 @@ def train(
     try:
         if hosts.any(hosts.lead() and (folder / "summary.json").exists()):
             return summary.read(folder)
-        job = jobs.prepare(config, folder)
-        return _run(job, force, profile)
+        return _run(jobs.prepare(config, folder), force, profile)
     finally:
         claim.release()
 
 
 def _run(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
+    try:
+        return _trained(job, force, profile)
+    except OSError as error:  # a full disk, say; what was saved is whole
+        raise errors.UserError(
+            f"{error.filename or job.folder}: {error.strerror or error}: the run had to stop; the same command goes"
+            " on from its newest checkpoint"
+        ) from error
+
+
+def _trained(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
     if hosts.lead():
         _announce(job)
     c = job.config.checkpoint
@@ -107,11 +116,7 @@ def _run(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
         traced, place = profile if hosts.lead() else "", str(job.folder / "profile")
         trace = measure.Profile(traced, place, first=begun + 1, last=job.steps)
         stack.callback(trace.close)
-        try:
-            loop(job, progress, saved, log, trace)
-        except OSError as error:
-            again = f"the same command goes on from step {saved.latest or 0}"
-            raise errors.UserError(f"the run had to stop: {error}; {again}") from error
+        loop(job, progress, saved, log, trace)
     save_result(job, progress.state.trainable, "last", job.steps, progress.best)
     _free(progress.state)  # what follows may load two more models
     hosts.barrier("the result is written")

@@ -27,14 +27,16 @@ class Lines:
             part = path.with_name(f".{path.name}.part")
             part.write_text(before, encoding="utf-8")
             os.replace(part, path)
-            self._file = path.open("a", encoding="utf-8")
+            # Without a buffer: on a full disk a write fails where it is made, and not again when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, **record: Any) -> None:
         line = json.dumps(record) + "\n"
         self._lines.append(line)
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
+            data = line.encode()
+            while data:
+                data = data[self._file.write(data) :]
 
     @property
     def text(self) -> str:

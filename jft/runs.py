@@ -139,7 +139,7 @@ def save_result(
     """Writes `best/` or `last/`, in the place of the one before in one instant. Every process calls it.
 
     Raises:
-      UserError: it can't be written.
+      OSError: it can't be written.
     """
     trainable = transfer.to_lead(trainable)
     if not hosts.lead():
@@ -150,8 +150,8 @@ def save_result(
     try:
         _write_result(part, model, trainable, sidecar)
         swap.replace(folder, part)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise errors.UserError(f"{folder}: can't be written: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder}: can't be written: {error}") from error
 
 
 def _write_result(

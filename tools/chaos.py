@@ -40,6 +40,7 @@ def get_config():
     return c
 """
 EVERY = 5
+DATA = ROOT / "configs/data/support/train.jsonl"
 
 
 def main() -> int:
@@ -84,6 +85,18 @@ def child(events: str, *arguments: str) -> int:
     return cli.main(arguments)
 
 
+def model_of(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of a small real model, or of the tests' own, which is made."""
+    model = ROOT.parent / "shared/stories260K/hf"
+    if model.exists():
+        return model
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny  # pyright: ignore[reportMissingImports]
+
+    tiny.save(folder / "model")
+    return folder / "model"
+
+
 @dataclasses.dataclass
 class Counts:
     """What was done to the run."""
@@ -108,23 +121,10 @@ class Chaos:
         self.counts = Counts()
         self.events = folder / "events"
         folder.mkdir(parents=True, exist_ok=True)
-        model = ROOT.parent / "shared/stories260K/hf"
-        if not model.exists():
-            model = self._tiny()
         text = CONFIG.format(
-            model=str(model),
-            data=str(ROOT / "configs/data/support/train.jsonl"),
-            steps=self.steps,
-            every=EVERY,
+            model=str(model_of(folder)), data=str(DATA), steps=self.steps, every=EVERY
         )
         (folder / "chaos_config.py").write_text(text)
-
-    def _tiny(self) -> pathlib.Path:
-        sys.path.insert(0, str(ROOT / "tests"))
-        import tiny  # pyright: ignore[reportMissingImports]
-
-        tiny.save(self.folder / "model")
-        return self.folder / "model"
 
     def run(self) -> int:
         print(f"uninterrupted: {self.steps} steps", file=sys.stderr)
