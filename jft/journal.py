@@ -67,8 +67,12 @@ class Journal:
 
     def validation(self, number: int, value: float) -> None:
         self.metrics.write(step=number, valid_loss=value)
+        self.say(f"step {number}: validation loss {value:.4f}")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
         if hosts.lead():
-            self._bar.write(f"step {number}: validation loss {value:.4f}", file=sys.stderr)
+            self._bar.write(line, file=sys.stderr)
 
     def validated(self, number: int) -> bool:
         return self.metrics.has(step=number, valid_loss=None)

@@ -25,7 +25,11 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"the user asks {a} {b}", "response": b} for a in WORDS for b in WORDS]
+    rows = [
+        {"prompt": f"the user asks {a} {b}", "response": json.dumps({"answer": b})}
+        for a in WORDS
+        for b in WORDS
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -33,8 +37,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def settings(tiny_model: pathlib.Path, data: pathlib.Path, run_dir: pathlib.Path) -> Any:
     c = config.base()
     c.model.path, c.data.train, c.run_dir = str(tiny_model), str(data), str(run_dir)
+    # As in tests/test_loop.py: what it compiled is compiled.
     c.data.max_length, c.batch_size, c.steps = 64, 4, STEPS
-    c.lora.rank, c.lora.dropout, c.optim.learning_rate = 4, 0.1, 1e-2
+    c.lora.rank, c.optim.learning_rate = 4, 1e-2
     c.validate.samples, c.validate.every_steps = 0, 3
     c.checkpoint.every_steps = 2
     return c
@@ -106,7 +111,7 @@ def kill() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("number", [slow(2), 4, slow(6)])
+@pytest.mark.parametrize("number", [slow(2), slow(4), slow(6)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     number: int, of: Settings, whole: pathlib.Path, at_step: Any
 ) -> None:
@@ -178,6 +183,7 @@ def test_a_lost_folder_comes_back_from_checkpoints_elsewhere(
         loop.train(other)
 
 
+@pytest.mark.slow
 def test_force_lets_other_settings_pass_and_writes_it_down(
     of: Settings, at_step: Any, capsys: Any
 ) -> None:

@@ -17,13 +17,19 @@ WORDS = ["red", "green", "blue", "one", "two", "three"]
 def run(tiny_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A finished run of six steps with checkpoints at 4 and 6 and of the best. Do not write into it."""
     folder = tmp_path_factory.mktemp("verify")
-    rows = [{"prompt": f"the user asks {a} {b}", "response": b} for a in WORDS for b in WORDS]
+    rows = [
+        {"prompt": f"the user asks {a} {b}", "response": json.dumps({"answer": b})}
+        for a in WORDS
+        for b in WORDS
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     c = config.base()
     c.model.path, c.data.train = str(tiny_model), str(folder / "train.jsonl")
     c.run_dir = str(folder / "run")
-    c.data.max_length, c.batch_size, c.steps, c.lora.rank = 64, 4, 6, 4
-    c.validate.samples, c.checkpoint.every_steps, c.lora.dropout = 0, 2, 0.1
+    # As in tests/test_loop.py: what it compiled is compiled.
+    c.data.max_length, c.batch_size, c.steps = 64, 4, 6
+    c.lora.rank, c.optim.learning_rate = 4, 1e-2
+    c.validate.samples, c.checkpoint.every_steps = 0, 2
     loop.train(c)
     return folder / "run"
 
@@ -38,7 +44,8 @@ def verify(capsys: Any, folder: pathlib.Path) -> tuple[int, dict[str, str], dict
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != lock.FILE]
+    return {str(path): path.read_bytes() for path in files}
 
 
 def test_a_sound_run_passes_and_nothing_in_it_is_touched(run: pathlib.Path, capsys: Any) -> None:

@@ -39,7 +39,10 @@ class Faults:
     """The run, its copies, and the table."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder, self.rows, self.lost = folder, [], False
+        self.folder, self.lost = folder, False
+        # Each start compiles the same programs.
+        jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         source = chaos.model_of(folder)
         self.model, self.data = folder / "base", folder / "train.jsonl"
         shutil.copytree(source, self.model)
@@ -60,7 +63,7 @@ class Faults:
         arguments = [f"--config={self.config}", f"--config.run_dir={self.folder / name}", *flags]
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             code = cli.main(["train", *arguments])
-        lines = [line for line in said.getvalue().replace("\r", "\n").split("\n")]
+        lines = said.getvalue().replace("\r", "\n").split("\n")
         return code, " / ".join(x for x in lines if re.match("jft:|checkpoint |--force", x))
 
     def inject(
@@ -103,8 +106,7 @@ class Faults:
     def row(self, what: str, code: int, said: str, then: str) -> None:
         said = said.replace(str(self.folder), "").replace("|", "\\|")
         said = re.sub(r"sha256:(\w{6})\w+", r"sha256:\1...", said)
-        self.rows.append(f"| {what} | {code} | {said} | {then} |")
-        print(self.rows[-1], flush=True)
+        print(f"| {what} | {code} | {said} | {then} |", flush=True)
 
 
 @contextlib.contextmanager
@@ -213,7 +215,7 @@ def change_base(faults: Faults) -> None:
     shutil.copy(weights, kept)
     faults.inject(
         "base model changed underneath",
-        lambda _: flip(weights, 8 * weights.stat().st_size - 2),
+        lambda _: flip(weights, 8 * (weights.stat().st_size - 4)),
         lambda _: shutil.copy(kept, weights),
     )
 
