@@ -54,7 +54,7 @@ class Faults:
             )
         )
         self.train("whole")
-        with stopping_at(STOP):
+        with at_each_step(stop):
             self.train("stopped")
 
     def train(self, name: str, *flags: str) -> tuple[int, str]:
@@ -110,20 +110,24 @@ class Faults:
 
 
 @contextlib.contextmanager
-def stopping_at(number: int) -> Iterator[None]:
-    """SIGTERM to this process while it makes that step's batch."""
+def at_each_step(action: Callable[[int], Any]) -> Iterator[None]:
+    """Does something while the step's batch is made."""
     batch = jobs.Job.batch
 
-    def signalling(job: Any, index: int) -> Any:
-        if index + 1 == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def acting(job: Any, index: int) -> Any:
+        action(index + 1)
         return batch(job, index)
 
-    jobs.Job.batch = signalling
+    jobs.Job.batch = acting
     try:
         yield
     finally:
         jobs.Job.batch = batch
+
+
+def stop(number: int) -> None:
+    if number == STOP:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def newest(run: pathlib.Path) -> pathlib.Path:
@@ -230,11 +234,16 @@ def edit_data(faults: Faults) -> None:
 
 
 def jump_clock(faults: Faults) -> None:
-    now, draw = time.time, random.Random(0)
-    time.time = lambda: now() + draw.uniform(-1e6, 1e6)
+    """The date is another one in every step."""
+    now, draw, offset = time.time, random.Random(0), [0.0]
+
+    def jump(_: int) -> None:
+        offset[0] = draw.uniform(-1e6, 1e6)
+
+    time.time = lambda: now() + offset[0]
     try:
-        minutes = ("--config.checkpoint.every_minutes=1.0",)
-        faults.inject("the clock jumps by days, both ways", lambda _: None, flags=minutes)
+        with at_each_step(jump):
+            faults.inject("the clock jumps by days, both ways", lambda _: None)
     finally:
         time.time = now
 

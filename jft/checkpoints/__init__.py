@@ -30,6 +30,10 @@ Record = dict[str, Any]
 # How the storage says that it can't be used now, which is no damage.
 _AWAY = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED|ABORTED")
 
+# Seconds that a save may take. Orbax measures them by the date, so its own limit of 20 minutes falls when the clock is
+# set; a process that is lost is noticed by `hosts`.
+_NEVER = 10**8
+
 
 class _Kept(ocp.checkpoint_managers.PreservationPolicy):
     """The newest n checkpoints stay, and the best one."""
@@ -69,7 +73,9 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # of saves that were killed
             create=not read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_NEVER, post_finalization_callback=self._list_files
+            ),
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
