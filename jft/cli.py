@@ -15,6 +15,7 @@ INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 VERBS: dict[str, tuple[str, str, str]] = {
     "check": ("tells what is in data before it is trained on", "check", "run"),
     "train": ("fine-tunes a model as a configuration file says", "train", "run"),
+    "verify": ("checks a run's checkpoints and results, and that it can go on", "verify", "run"),
     "generate": ("answers with a run's result or with any model", "generate", "run"),
     "export": ("writes a model or a run's result as a folder or a .gguf file", "convert", "export"),
     "import": ("brings a model into a folder of this machine", "convert", "import_"),
@@ -28,7 +29,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code: 0, 1 where a check finds errors, 2 for bad input, 130 when interrupted."""
+    """Runs a verb; returns the exit code: 0, 1 where a check finds faults, 2 for bad input, 130 when interrupted."""
     # transformers would say at every start that there is no PyTorch: there need not be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)

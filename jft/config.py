@@ -113,8 +113,12 @@ def base() -> config_dict.ConfigDict:
     )
 
     c.checkpoint = checkpoint = config_dict.ConfigDict()
-    checkpoint.every_steps = 50  # also at the end and on Ctrl-C; 0 = only then
-    checkpoint.keep = 2  # newest checkpoints that stay
+    checkpoint.every_steps = (
+        50  # also at the end, at a best validation and on Ctrl-C; 0 = not by steps
+    )
+    checkpoint.every_minutes = 10.0  # since the last one, whichever comes first; 0 = not by time
+    checkpoint.keep = 2  # newest checkpoints that stay, beside the best one
+    checkpoint.folder = ""  # where they go, also gs://...; "" = checkpoints/ in run_dir
     return c.lock()
 
 

@@ -5,39 +5,41 @@ Every process runs all of it, and all decide alike: what decisions depend on is 
 process alone writes files and prints.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-import os
 import pathlib
-import signal
 import sys
 import time
 from typing import Any
 
 import jax
-import tqdm
 from ml_collections import config_dict
 
 from jft import (
-    checkpoint,
+    checkpoints,
+    claims,
     debugging,
     divergence,
     errors,
     hosts,
     jobs,
+    journal,
     measure,
     runs,
     step,
+    stopping,
     summary,
     tree,
 )
 from jft import config as configuration
+from jft.checkpoints import schedule
 from jft.data import load
+from jft.stopping import Interrupted as Interrupted
 
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the state is saved, and the same command goes on from there."""
+# What processes ask of one another in a step, by urgency.
+GO_ON, SAVE, STOP = range(3)
 
 
 @dataclasses.dataclass
@@ -49,24 +51,37 @@ class Progress:
       watch: over its loss.
       best: step and loss of the best validation; empty before the first.
       seconds: of training, also in earlier attempts.
-      speed: of this attempt's median step, see `measure.Meter.summary`.
     """
 
     state: step.State
     watch: divergence.Watch
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
-    speed: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """All but the state, as JSON; `Progress.of` has it again."""
+        return {"watch": self.watch.state(), "best": self.best, "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, state: step.State, record: dict[str, Any], max_skipped: int) -> "Progress":
+        watch = divergence.Watch.from_state(max_skipped, record["watch"])
+        return cls(state, watch, record["best"], record["seconds"])
 
 
 def train(
-    config: config_dict.ConfigDict, *, fresh: bool = False, profile: str = "", debug: bool = False
+    config: config_dict.ConfigDict,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    profile: str = "",
+    debug: bool = False,
 ) -> dict[str, Any]:
     """Runs, or resumes, the training that the configuration describes.
 
     Args:
       config: complete and valid, see `jft.config`.
       fresh: move an existing run out of the way instead of resuming it.
+      force: go on with an existing run although settings, data or base are others.
       profile: steps to trace, "start:stop"; see `measure.Profile`.
       debug: stop at the first step that is not finite, and find the operation; see `debugging`.
 
@@ -74,41 +89,54 @@ def train(
       The summary: scores of base and tuned model, sizes, times, where everything lies.
 
     Raises:
-      UserError: bad input, or a loss that stays not finite.
+      UserError: bad input, a loss that stays not finite, or what can't be written.
       Interrupted: by a signal; the state is saved.
     """
     configuration.check_complete(config, "config")
-    flags = {"fresh": fresh, "profile": profile, "debug": debug}
+    flags = {"fresh": fresh, "force": force, "profile": profile, "debug": debug}
     hosts.agree("the command", {"config": config.to_dict(), **flags})
     folder = pathlib.Path(config.run_dir)
-    runs.claim(folder, config, fresh)
-    if hosts.any(hosts.lead() and (folder / "summary.json").exists()):
-        return summary.read(folder)
-    job = jobs.prepare(config, folder)
-    if hosts.lead():
-        runs.describe(folder, config, job.data.report, job.layout)
-        _announce(job)
-    saved = checkpoint.Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    progress = _start(job, saved)
-    first = int(progress.state.step) + 1
-    metrics = runs.Metrics(_lead_only(folder / "metrics.jsonl"), first - 1)
-    # Of all processes alike the first one's trace tells enough.
-    asked = profile if hosts.lead() else ""
-    trace = measure.Profile(asked, str(folder / "profile"), first=first, last=job.steps)
+    claim = claims.Claim(folder, config, fresh=fresh, force=force)
     try:
-        loop(job, progress, saved, metrics, trace, debug)
+        if hosts.any(hosts.lead() and (folder / "summary.json").exists()):
+            return summary.read(folder)
+        return _run(jobs.prepare(config, folder), force, profile, debug)
     finally:
-        trace.close()
-        saved.close()
-        metrics.close()
-    _save_result(job, progress.state.trainable, "last", job.steps, progress.best)
+        claim.release()
+
+
+def _run(job: jobs.Job, force: bool, profile: str, debug: bool) -> dict[str, Any]:
+    try:
+        return _trained(job, force, profile, debug)
+    except OSError as error:  # a full disk, say; what was saved is whole
+        raise errors.UserError(
+            f"{error.filename or job.folder}: {error.strerror or error}: the run had to stop; the same command goes"
+            " on from its newest checkpoint"
+        ) from error
+
+
+def _trained(job: jobs.Job, force: bool, profile: str, debug: bool) -> dict[str, Any]:
+    if hosts.lead():
+        _announce(job)
+    c = job.config.checkpoint
+    saved = checkpoints.Checkpoints(c.folder or job.folder / "checkpoints", c.keep)
+    with contextlib.ExitStack() as stack:
+        stack.callback(saved.close)
+        progress, history = _start(job, saved, force)
+        if hosts.lead():
+            runs.describe(job.folder, job.config, job.data.report, job.layout)
+        begun = int(progress.state.step)
+        log = journal.Journal(job, begun, history)
+        stack.callback(log.close)
+        # Of all processes alike the first one's trace tells enough.
+        traced, place = profile if hosts.lead() else "", str(job.folder / "profile")
+        trace = measure.Profile(traced, place, first=begun + 1, last=job.steps)
+        stack.callback(trace.close)
+        loop(job, progress, saved, log, trace, debug)
+    save_result(job, progress.state.trainable, "last", job.steps, progress.best)
     _free(progress.state)  # what follows may load two more models
     hosts.barrier("the result is written")
-    return summary.make(job, progress.best, progress.seconds, progress.speed, progress.watch)
-
-
-def _lead_only(path: pathlib.Path) -> pathlib.Path:
-    return path if hosts.lead() else pathlib.Path(os.devnull)
+    return summary.make(job, progress.best, progress.seconds, log.meter.summary(), progress.watch)
 
 
 def _announce(job: jobs.Job) -> None:
@@ -131,22 +159,49 @@ def _mesh(job: jobs.Job) -> str:
     return f"{count} devices ({kind}) of {jax.process_count()} processes: {sizes}"
 
 
-def _start(job: jobs.Job, saved: checkpoint.Checkpoints) -> Progress:
-    """Where to begin: fresh, or at the newest checkpoint."""
-    hosts.agree("the newest checkpoint", saved.latest)
-    if saved.latest is None:
-        return Progress(job.first_state(), divergence.Watch(job.config.optim.max_skipped))
+def _start(job: jobs.Job, saved: checkpoints.Checkpoints, force: bool) -> tuple[Progress, str]:
+    """Where to begin, fresh or at the newest checkpoint, and the lines of metrics.jsonl before it."""
+    limit = job.config.optim.max_skipped
+    if not saved.steps:
+        return Progress(job.first_state(), divergence.Watch(limit)), ""
     _free(job.trainable)  # the saved values come in their place
-    state, extra = saved.restore(job.program.state)
-    if extra["base"] != job.model.fingerprint or extra["data"] != job.data.report["fingerprint"]:
+    found = saved.restore(job.program.state)
+    assert found is not None
+    state, record = found
+    number = int(state.step)
+    changed = _changes(job, record)
+    if changed and not force:
         raise errors.UserError(
-            f"{job.folder}: the base model or the training data is not what its checkpoint was made"
-            " with: give --config.run_dir=NEW, or --fresh"
+            f"{job.folder}: {'; '.join(changed)} since the checkpoint of step {number}: give --config.run_dir=NEW,"
+            " --fresh to start again, or --force to go on with what is there now"
         )
+    claims.record_forced(job.folder, number, changed)
     if hosts.lead():
-        print(f"resuming after step {int(state.step)} of {job.steps}", file=sys.stderr)
-    watch = divergence.Watch.from_state(job.config.optim.max_skipped, extra["watch"])
-    return Progress(state, watch, extra["best"], extra["seconds"])
+        print(f"resuming after step {number} of {job.steps}", file=sys.stderr)
+    return Progress.of(state, record["progress"], limit), record["metrics"]
+
+
+def _changes(job: jobs.Job, record: dict[str, Any]) -> list[str]:
+    """How the run differs from the one that made a checkpoint."""
+    now = {"the base model": job.model.fingerprint, "data.train": job.data.report["fingerprint"]}
+    before = {"the base model": record["base"], "data.train": record["data"]}
+    changed = [
+        f"{what} has fingerprint {now[what]}, had {before[what]}"
+        for what in now
+        if now[what] != before[what]
+    ]
+    return changed + claims.changes(job.config.to_dict(), record["settings"])
+
+
+def _record(job: jobs.Job, progress: Progress, log: journal.Journal) -> dict[str, Any]:
+    """What a checkpoint holds beside the state."""
+    return {
+        "progress": progress.record(),
+        "base": job.model.fingerprint,
+        "data": job.data.report["fingerprint"],
+        "settings": job.config.to_dict(),
+        "metrics": log.metrics.text,
+    }
 
 
 def _free(arrays: Any) -> None:
@@ -155,30 +210,11 @@ def _free(arrays: Any) -> None:
         leaf.delete()
 
 
-class _Signals:
-    """Remembers the first Ctrl-C or SIGTERM; the second one acts at once."""
-
-    def __enter__(self) -> "_Signals":
-        self.received: int | None = None
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        print("\nfinishing this step and saving; once more to stop at once", file=sys.stderr)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def loop(
     job: jobs.Job,
     progress: Progress,
-    saved: checkpoint.Checkpoints,
-    metrics: runs.Metrics,
+    saved: checkpoints.Checkpoints,
+    log: journal.Journal,
     trace: measure.Profile,
     debug: bool = False,
 ) -> None:
@@ -189,96 +225,76 @@ def loop(
     """
     c, start, before = job.config, int(progress.state.step), progress.seconds
     validate_every = c.validate.every_steps or max(1, math.ceil(job.steps / 4))
-    began, meter, stop = time.perf_counter(), job.meter(), hosts.Flag()
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    interactive, lead = sys.stderr.isatty(), hosts.lead()
+    saving = schedule.Schedule(c.checkpoint.every_steps, c.checkpoint.every_minutes)
+    began, asked = time.perf_counter(), hosts.Flag()
 
     def settle() -> None:
         """Reads and reports the step that was dispatched last."""
-        nonlocal pending
-        if pending is None:
+        read = log.read()
+        if read is None:
             return
-        number, values = pending
-        pending = None
-        values = {k: float(v) for k, v in values.items()}
-        measured = meter.step(int(values.pop("positions")))
-        metrics.write(step=number, **divergence.record(**values), **measured)
+        number, values = read
+        log.step(number, values)
         examine = functools.partial(debugging.explain, job, progress.state, number)
         said = divergence.settle(
             progress.watch, job, number, values, lambda: saved.latest, examine if debug else None
         )
-        for line in said if lead else ():
-            bar.write(line, file=sys.stderr)
-        speed = f"{measured['tokens_per_second']:.0f} tokens/s"
-        bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
-        bar.update()
+        for line in said:
+            log.say(line)
 
-    def validate(number: int) -> None:
+    def validate(number: int) -> bool:
+        """Whether this is the best validation so far."""
         settle()
         if not len(job.data.valid):
-            return
-        value = job.mean_loss(job.data.valid, progress.state.trainable)
-        metrics.write(step=number, **divergence.record(valid_loss=value))
-        if lead:
-            bar.write(f"step {number}: validation loss {value:.4f}", file=sys.stderr)
-        if number and value < progress.best.get("loss", math.inf):
-            progress.best = {"step": number, "loss": value}
-            _save_result(job, progress.state.trainable, "best", number, progress.best)
-        meter.restart()
+            return False
+        with log.pause():
+            value = job.mean_loss(job.data.valid, progress.state.trainable)
+            log.validation(number, value)
+            better = number > 0 and value < progress.best.get("loss", math.inf)
+            if better:
+                progress.best = {"step": number, "loss": value}
+                save_result(job, progress.state.trainable, "best", number, progress.best)
+        return better
 
     def save() -> None:
+        settle()
         progress.seconds = before + time.perf_counter() - began
-        extra = {
-            "best": progress.best,
-            "base": job.model.fingerprint,
-            "data": job.data.report["fingerprint"],
-            "seconds": progress.seconds,
-            "watch": progress.watch.state(),
-        }
-        saved.save(progress.state, extra)
-        meter.restart()
+        with log.pause():
+            saved.save(
+                progress.state, _record(job, progress, log), best=progress.best.get("step", -1)
+            )
+        saving.saved()
 
-    with (
-        _Signals() as signals,
-        tqdm.tqdm(
-            total=job.steps,
-            initial=start,
-            unit="step",
-            file=sys.stderr,
-            mininterval=0.1 if interactive else 15,
-            dynamic_ncols=interactive,
-            smoothing=0.1,
-            disable=not lead,
-        ) as bar,
-    ):
-        if start == 0:
-            validate(0)
+    with stopping.Signals() as signals:
+        # At the start too; and where a run was stopped, its last validation was left out.
+        if (start % validate_every == 0 or start == job.steps) and not log.validated(start):
+            validate(start)
         for number in range(start + 1, job.steps + 1):
-            with meter.waiting():
+            last = number == job.steps
+            with log.meter.waiting():
                 batch = job.batch(number - 1)
             with trace.step(number, progress.state):
                 progress.state, values = job.program.train_step(progress.state, job.frozen, batch)
             settle()
-            pending = (number, values)
+            log.dispatched(number, values)
             if debug:
                 settle()
-            stopping = stop.up(signals.received is not None)
-            if number % validate_every == 0 or number == job.steps:
-                validate(number)
-            every = c.checkpoint.every_steps
-            if number == job.steps or (every and number % every == 0) or stopping:
-                settle()
+            saved.poll()
+            due = hosts.lead() and saving.overdue()
+            level = asked.up(STOP if signals.received else SAVE if due else GO_ON)
+            better = level < STOP and (number % validate_every == 0 or last) and validate(number)
+            if better or last or level > GO_ON or saving.at(number):
                 save()
-            if stopping and number < job.steps:
+            if level == STOP:
                 raise Interrupted(
                     f"stopped after step {number} of {job.steps}; the same command goes on"
                 )
-    progress.speed = meter.summary()
 
 
-def _save_result(
+def save_result(
     job: jobs.Job, trainable: Any, name: str, number: int, scores: dict[str, Any]
 ) -> None:
+    """Writes the folder `name` of the run, with what jft.json says of it."""
     c = job.config
     template, tokenizer = runs.tokenizer_hashes(job.model.tokenizer)
     sidecar = runs.Sidecar(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's folder: what is written there, and how its result is opened again.
 
-    config.json  environment.json  data_report.json  metrics.jsonl  samples.jsonl  summary.json
+    config.json  environment.json  data_report.json  metrics.jsonl  timing.jsonl  samples.jsonl  summary.json
     checkpoints/  best/  last/
 
 `best/` and `last/` hold an adapter in PEFT's format (or, after full fine-tuning, a model folder) and `jft.json`,
@@ -19,14 +19,13 @@ import pathlib
 import platform
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
 from ml_collections import config_dict
 
 from jft import config as configuration
-from jft import errors, hosts, lora, models, sharding, transfer
+from jft import errors, hosts, lora, models, sharding, swap, transfer
 from jft.data import encoding, load, tokenised
 from jft.lora import peft
 from jft.models import export, quantizing
@@ -53,6 +52,7 @@ class Sidecar:
     step: int
     scores: dict[str, float]
     training: dict[str, Any]
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # sha256 of those beside it
 
     @property
     def quantize(self) -> quantizing.Settings:
@@ -68,59 +68,6 @@ class Sidecar:
         return (
             f"the adapter was trained on {self.base} with {self.quantize}, and is used with {used}"
         )
-
-
-def claim(folder: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) -> None:
-    """Makes the run's folder; an existing one must hold the same run, or moves aside.
-
-    Raises:
-      UserError: it holds another run, can't be made, or is not one folder for all processes.
-    """
-    if hosts.lead():
-        _claim(folder, config, fresh)
-    _check_seen_by_all(folder)
-
-
-def _claim(folder: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) -> None:
-    if fresh and folder.exists():
-        aside = next(
-            p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists()
-        )
-        folder.rename(aside)
-        print(f"the run that was in {folder} is now in {aside}", file=sys.stderr)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.UserError(f"run_dir={folder}: {error.strerror}") from error
-    described = folder / "config.json"
-    if not described.exists():
-        return
-    before = read_json(described)["resolved"]
-    changed = {
-        key: values
-        for key, values in configuration.difference(config.to_dict(), before).items()
-        if not key.startswith(configuration.NOT_MATHEMATICS)
-    }
-    if changed:
-        told = "; ".join(f"{key} is {new!r}, was {old!r}" for key, (new, old) in changed.items())
-        raise errors.UserError(
-            f"{folder} holds a run with other settings ({told}): give --config.run_dir=NEW, or --fresh"
-            " to start again there"
-        )
-
-
-def _check_seen_by_all(folder: pathlib.Path) -> None:
-    """Raises UserError where the lead's folder is not there for the others: each would find only its own files."""
-    if not hosts.several():
-        return
-    mark = folder / ".claimed"
-    if hosts.lead():
-        mark.write_text(str(time.time_ns()))
-    hosts.barrier("run_dir is claimed")
-    seen = mark.read_text() if mark.exists() else "no such folder"
-    hosts.agree(f"run_dir={folder} (a mounted bucket or a shared file system is needed)", seen)
-    if hosts.lead():
-        mark.unlink()
 
 
 def describe(
@@ -189,13 +136,30 @@ def _commit() -> str | None:
 def save_result(
     folder: pathlib.Path, model: models.Model, trainable: Any, sidecar: Sidecar
 ) -> None:
-    """Writes `best/` or `last/`: the weights first, then jft.json. Every process calls it."""
+    """Writes `best/` or `last/`, in the place of the one before in one instant. Every process calls it.
+
+    Raises:
+      OSError: it can't be written.
+    """
     trainable = transfer.to_lead(trainable)
     if not hosts.lead():
         return
+    import safetensors
+
+    part = swap.beside(folder)
+    try:
+        _write_result(part, model, trainable, sidecar)
+        swap.replace(folder, part)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder}: can't be written: {error}") from error
+
+
+def _write_result(
+    part: pathlib.Path, model: models.Model, trainable: Any, sidecar: Sidecar
+) -> None:
     if sidecar.kind == "lora":
         peft.save(
-            folder,
+            part,
             trainable,
             model.module_names,
             base_name=sidecar.base,
@@ -205,9 +169,20 @@ def save_result(
         stop = encoding.stop_tokens(model.tokenizer)
         record = dataclasses.asdict(sidecar)
         export.save(
-            folder, model.config, trainable, model.tokenizer, stop=stop, record=record, force=True
+            part, model.config, trainable, model.tokenizer, stop=stop, record=record, force=True
         )
-    write_json(folder / SIDECAR, dataclasses.asdict(sidecar))
+    sidecar = dataclasses.replace(sidecar, files=file_digests(part))
+    write_json(part / SIDECAR, dataclasses.asdict(sidecar))
+
+
+def file_digests(folder: pathlib.Path) -> dict[str, str]:
+    """{name: sha256} of a result's files, but for jft.json, which holds them."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != SIDECAR:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def tokenizer_hashes(tokenizer: Any) -> tuple[str, str]:
@@ -237,7 +212,22 @@ def open_result(
       UserError: it is no such folder, or the base is not the one that it was trained on.
     """
     folder = pathlib.Path(folder)
-    sidecar = read_sidecar(folder)
+    while True:
+        sidecar = read_sidecar(folder)
+        found = _open(folder, sidecar, adapter, force, shardings, quantize)
+        # A run that is training may have replaced the folder meanwhile: what was read is then of two.
+        if read_sidecar(folder) == sidecar:
+            return *found, sidecar
+
+
+def _open(
+    folder: pathlib.Path,
+    sidecar: Sidecar,
+    adapter: bool,
+    force: bool,
+    shardings: Any,
+    quantize: quantizing.Settings | None,
+) -> tuple[models.Model, lora.Adapters]:
     own_weights = sidecar.kind == "full" and adapter
     model = models.load(
         str(folder) if own_weights else sidecar.base,
@@ -253,7 +243,7 @@ def open_result(
         )
     load.use_template(model.tokenizer, sidecar.chat_template)
     adapters = model.load_adapter(folder) if adapter and sidecar.kind == "lora" else {}
-    return model, adapters, sidecar
+    return model, adapters
 
 
 def read_sidecar(folder: pathlib.Path) -> Sidecar:
@@ -265,32 +255,3 @@ def read_sidecar(folder: pathlib.Path) -> Sidecar:
         ) from error
     except (ValueError, TypeError) as error:
         raise errors.UserError(f"{folder / SIDECAR}: not as jft writes it: {error}") from error
-
-
-class Metrics:
-    """metrics.jsonl: one object per line, appended; a resumed run drops what lies behind its checkpoint."""
-
-    def __init__(self, path: pathlib.Path, step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                record = _parsed(line)
-                if record is not None and record["step"] <= step:
-                    kept.append(record)
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, **record: Any) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line's object; None for an empty line or one that was cut off by a crash."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

@@ -35,7 +35,7 @@ def agreement() -> None:
     print("sum", float(total))
     print("any", hosts.any(me == 1), hosts.any(False))
     flag = hosts.Flag()
-    print("flag", [flag.up(me == 1 and step == 2) for step in range(1, 6)])
+    print("flag", [bool(flag.up(me == 1 and step == 2)) for step in range(1, 6)])
     hosts.agree("the seed", 7)
     print("agree:", fault(hosts.agree, "the seed", 7 + me))
     settings = {"optim": {"rate": 0.1 * (me + 1), "clip": 1.0}}

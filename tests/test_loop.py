@@ -83,11 +83,13 @@ def test_a_run_leaves_what_explains_it(
     names = {path.name for path in run_dir.iterdir()}
     files = {"config", "environment", "data_report", "summary"}
     assert {f"{name}.json" for name in files} <= names
-    assert {"metrics.jsonl", "samples.jsonl", "best", "last", "checkpoints"} <= names
+    lines = {"metrics.jsonl", "timing.jsonl", "samples.jsonl"}
+    assert {*lines, "best", "last", "checkpoints"} <= names
     assert list((run_dir / "profile").rglob("*.xplane.pb"))
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = {"step_seconds", "tokens_per_second", "tokens_per_second_per_device"}
-    assert all(timed <= record.keys() for record in steps if "loss" in record)
+    steps = [json.loads(line) for line in (run_dir / "timing.jsonl").read_text().splitlines()]
+    timed = {"step", "step_seconds", "tokens_per_second", "tokens_per_second_per_device"}
+    assert len(steps) == 6 and all(timed <= record.keys() for record in steps)
+    timed.remove("step")
     assert timed <= result["speed"].keys() and "mfu" not in result["speed"]  # no known chip
     assert result["tuned"]["loss"] < result["base"]["loss"]
     assert [number for number, _ in losses_of(run_dir)] == [1, 2, 3, 4, 5, 6]

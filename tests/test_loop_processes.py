@@ -102,9 +102,9 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(
     run_dir = tmp_path / "run"
     done = launch(file, run_dir, when="1:3:SIGTERM")
     assert done.returncode == 130, done.stdout + done.stderr
-    # Known on both one step after it came to one, so step 4; and saved there.
+    # Known on both one step after it came to one, so step 4; and saved there. Step 3 was the best one.
     assert done.stdout.count("jft: stopped after step 4 of 6; the same command goes on") == 1
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["2", "4"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["3", "4"]
     assert runs.read_json(run_dir / "environment.json")["processes"] == 2
     here(file, run_dir)
     check_alike(run_dir, alone)
@@ -119,7 +119,7 @@ def test_a_killed_process_ends_the_other_and_the_relaunch_finishes(
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"jft: process 1 on .* has gone without a word", done.stdout), done.stdout
     assert "launch: process 1 was killed by SIGKILL; the others were ended" in done.stderr
-    assert "[0] resuming after step 2 of 6" in done.stdout and "[1] resuming" not in done.stdout
+    assert "[0] resuming after step 3 of 6" in done.stdout and "[1] resuming" not in done.stdout
     check_alike(run_dir, alone)
     (again,) = {
         line for line in launch(file, run_dir).stdout.splitlines() if "finished run" in line

@@ -22,6 +22,8 @@ from jft.hosts.agreement import Flag as Flag
 from jft.hosts.agreement import agree as agree
 from jft.hosts.agreement import any as any
 from jft.hosts.agreement import barrier as barrier
+from jft.hosts.agreement import gather as gather
+from jft.hosts.agreement import said_by_lead as said_by_lead
 from jft.hosts.agreement import several as several
 from jft.hosts.meeting import Unreachable as Unreachable
 
@@ -187,4 +189,11 @@ def _end_at_once(error: BaseException) -> None:
     _watch.tell(code, fault)
     sys.stdout.flush()
     sys.stderr.flush()
+    os._exit(code)
+
+
+def end_now(code: int, why: str) -> None:
+    """Ends this process, and the others with it, whatever it is waiting for; any thread may call it."""
+    _watch.tell(code, f"{_watch.who}: {why}")
+    os.write(2, f"jft: {why}\n".encode())
     os._exit(code)

@@ -32,23 +32,28 @@ def any(flag: bool) -> bool:
 
 
 class Flag:
-    """A flag that goes up on one process and is then up on all, at the same step, without waiting for it."""
+    """A flag, or a level, that goes up on one process and is then up on all, at the same step, without waiting for it."""
 
     def __init__(self) -> None:
         self._asked: Any = None
 
-    def up(self, here: bool) -> bool:
-        """Sends `here`, and returns what all had sent one call before; call it once in every step.
+    def up(self, here: int) -> int:
+        """Sends `here`, and returns the highest that was sent one call before; call it once in every step.
 
         The answer was asked for one step ago, so that after that step's metrics were read it is there.
         """
         if not several():
             return here
         before, self._asked = self._asked, _highest(here)
-        return before is not None and bool(before)
+        return 0 if before is None else int(before)
 
 
-def _highest(flag: bool) -> Any:
+def said_by_lead(text: str) -> str:
+    """The first process's text, on all; each calls it with its own."""
+    return texts(text)[0] if several() else text
+
+
+def _highest(flag: int) -> Any:
     """The largest of all processes' flags, as an array that the devices are still working out."""
     import jax
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from jft.verbs import parsing
 
-INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
-
 HELP = """\
 Fine-tunes a model as a configuration file says; goes on where the run's folder left off.
 
@@ -25,6 +23,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a file with get_config(arg)")
     parser.add_argument(
         "--fresh", action="store_true", help="move an existing run aside, start anew"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on although settings, data or base are others than the run's",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the configuration and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
@@ -59,14 +62,20 @@ def run(arguments: list[str]) -> int:
 
 
 def _train(config: Any, flags: argparse.Namespace) -> int:
-    from jft import hosts, loop, summary
+    from jft import hosts, loop, stopping, summary
 
     try:
-        result = loop.train(config, fresh=flags.fresh, profile=flags.profile, debug=flags.debug)
+        result = loop.train(
+            config,
+            fresh=flags.fresh,
+            force=flags.force,
+            profile=flags.profile,
+            debug=flags.debug,
+        )
     except loop.Interrupted as stop:
         if hosts.lead():
             print(f"jft: {stop}", file=sys.stderr)
-        return INTERRUPTED
+        return stopping.INTERRUPTED
     if hosts.lead():
         parsing.show(result, summary.render(result), flags.json)
     return 0
