@@ -15,7 +15,7 @@ ROWS = (
     ("tree",),
     ("quant",),
     ("lora",),
-    ("config", "optim", "hosts", "measure"),
+    ("config", "optim", "hosts", "measure", "sandbox"),
     ("sharding",),
     ("losses", "transfer"),
     ("models",),
