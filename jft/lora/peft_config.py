@@ -6,14 +6,13 @@ drops keys that it does not know; here a later version's key is let through only
 """
 
 import collections
-import json
 import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jft import errors
+from jft import errors, json_text
 from jft.lora import peft_matching, spec
 
 # What follows covers the 41 keys that PEFT 0.21 writes, and those of other versions; a test counts them.
@@ -92,22 +91,7 @@ def read(path: pathlib.Path) -> peft_matching.Config:
 
 
 def _parse(path: pathlib.Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = collections.Counter(key for key, _ in pairs)
-        if twice := [key for key, count in counts.items() if count > 1]:
-            raise errors.UserError(f"{path}: {twice[0]!r} is there twice")
-        return dict(pairs)
-
-    try:
-        values = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
-    except errors.UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise errors.UserError(f"{path} is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{path} is not JSON: {error}") from error
-    except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror}") from error
+    values = json_text.read(path, unique=True)
     if not isinstance(values, dict):
         raise errors.UserError(f"{path} is no JSON object")
     return values

@@ -8,7 +8,6 @@ told by its name and the faulty entry: every offset is checked before a byte of 
 
 import dataclasses
 import functools
-import json
 import math
 import mmap
 import os
@@ -20,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jft import errors
+from jft import errors, json_text
 from jft.models import folders
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -173,25 +172,8 @@ def _is_name(text: Any) -> bool:
     return isinstance(text, str) and text.isprintable()
 
 
-def _printable(value: Any) -> str:
-    return value if _is_name(value) else f"{value!r:.200}"
-
-
 def _parse(text: bytes, path: pathlib.Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise errors.UserError(f"{path}: the header names {_printable(twice)} twice")
-        return found
-
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except errors.UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{path}: the safetensors header is not JSON: {error}") from error
+    header = json_text.loads(text, f"{path}: the safetensors header is", unique=True)
     if not isinstance(header, dict):
         raise errors.UserError(f"{path}: the safetensors header is not a JSON object")
     return header
@@ -207,11 +189,11 @@ def _tensor(name: str, entry: Any, file: File, body: int) -> Tensor:
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        said = f"{path}: {_printable(name)}: the header's entry is malformed: {_printable(entry)}"
+        said = f"{path}: {json_text.shown(name)}: the header's entry is malformed: {json_text.shown(entry)}"
         raise errors.UserError(said)
     if dtype not in _DTYPES:
         raise errors.UserError(
-            f"{path}: {name}: stored as {_printable(dtype)}, which is not read here"
+            f"{path}: {name}: stored as {json_text.shown(dtype)}, which is not read here"
         )
     need = math.prod(shape) * _DTYPES[dtype].itemsize
     if stop - start != need:
