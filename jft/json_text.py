@@ -34,13 +34,14 @@ def read(path: pathlib.Path, *, unique: bool = False) -> Any:
     return loads(text, f"{path}:", unique=unique)
 
 
-def loads(text: bytes | str, what: str, *, unique: bool = False) -> Any:
+def loads(text: bytes | str, what: str, *, unique: bool = False, finite: bool = False) -> Any:
     """The one value of a text.
 
     Args:
       text: bytes are UTF-8.
       what: begins the message, which goes on "not JSON: ...".
       unique: refuse an object that has a key twice, of which Python takes the last.
+      finite: refuse NaN and Infinity, which are not JSON and which Python takes.
 
     Raises:
       errors.UserError: it is not JSON, or too deep.
@@ -54,10 +55,13 @@ def loads(text: bytes | str, what: str, *, unique: bool = False) -> Any:
             raise ValueError(f"{twice!r:.{_SHOWN}} is there twice")
         return held
 
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is no number")
+
+    hooks: dict[str, Any] = {"object_pairs_hook": checked} if unique else {}
+    hooks |= {"parse_constant": constant} if finite else {}
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=checked if unique else None)
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **hooks)
     except (ValueError, RecursionError) as error:
         raise errors.UserError(f"{what} not JSON: {_cause(error)}") from None
     if too_deep(value):

@@ -4,6 +4,7 @@
 import datetime
 import functools
 import types
+import warnings
 from typing import Any
 
 import jinja2
@@ -139,5 +140,6 @@ def compiled(source: str) -> jinja2.Template:
       budget.Exceeded: it uses statements that are not available.
     """
     environment = _environment()
-    with budget.limits():  # constants are computed now
+    with budget.limits(), warnings.catch_warnings():  # constants are computed now
+        warnings.simplefilter("ignore", SyntaxWarning)
         return environment.from_string(guard.guarded(environment.parse(source)))
