@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one exception that means "the user can mend this"."""
 
+import contextlib
+from collections.abc import Iterator
+
 _LONGEST, _END = 1500, 300  # characters of a message, and of its end, which says what to do
 
 
@@ -17,3 +20,20 @@ class UserError(ValueError):
         if not message.isprintable():
             message = "".join(x if x.isprintable() else repr(x)[1:-1] for x in message)
         super().__init__(message)
+
+
+@contextlib.contextmanager
+def from_library(what: str) -> Iterator[None]:
+    """Whatever a library raises over bad input, as a UserError that begins with `what`.
+
+    The tokenizers library raises bare Exception, or panics in Rust, which is no Exception at all.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{what}: {cause[0]}") from error

@@ -16,7 +16,7 @@ ROWS = (
     ("tree",),
     ("quant",),
     ("lora",),
-    ("config", "optim", "hosts", "measure", "sandbox"),
+    ("config", "optim", "hosts", "measure", "sandbox", "sidecars"),
     ("sharding",),
     ("losses", "transfer"),
     ("models",),

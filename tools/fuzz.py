@@ -114,22 +114,26 @@ def _unpacked(entry: dict[str, str]) -> bytes:
 
 def work(name: str, first: int) -> None:
     """The child's part: cases from a seed on, told on stdout one by one."""
-    own = target(name)
+    own, out = target(name), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print, too
+    with tempfile.TemporaryDirectory() as scratch:  # what is made once, and compiled
+        with contextlib.suppress(Exception):
+            check(own, own.make(random.Random(0)), pathlib.Path(scratch) / "case")
     size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     faulthandler.enable()
     faulthandler.register(signal.SIGPROF, chain=True)  # tells where, then ends the process
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(first, sys.maxsize):
-            print(json.dumps({"seed": seed}), flush=True)
+            print(json.dumps({"seed": seed}), file=out, flush=True)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             faulthandler.dump_traceback_later(STUCK, exit=True)
             try:
                 done = check(own, own.make(random.Random(seed)), pathlib.Path(scratch) / "case")
-                print(json.dumps({"done": done}), flush=True)
+                print(json.dumps({"done": done}), file=out, flush=True)
             except BaseException as error:
                 told = {"fault": _signature(error), "trace": traceback.format_exc()[-3000:]}
-                print(json.dumps(told), flush=True)
+                print(json.dumps(told), file=out, flush=True)
 
 
 def _signature(error: BaseException) -> str:

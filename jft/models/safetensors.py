@@ -84,6 +84,11 @@ class Tensor:
         return self.raw.view(_DTYPES[self.dtype]).reshape(self.shape)
 
 
+def is_dtype(name: str) -> bool:
+    """Whether the format has a type of this name that is read here."""
+    return name in _DTYPES
+
+
 def numpy_dtype(name: str) -> np.dtype:
     """numpy's type of the format's name of one."""
     return _DTYPES[name]
