@@ -12,10 +12,11 @@ ROOT = pathlib.Path(jft.__file__).parent
 # A module imports from rows above its own, or from its own package.
 ROWS = (
     ("errors", "matmul"),
+    ("json_text",),
     ("tree", "lock", "metrics", "swap"),
     ("quant",),
     ("lora",),
-    ("config", "optim", "hosts", "measure"),
+    ("config", "optim", "hosts", "measure", "sandbox", "sidecars"),
     ("sharding", "stopping", "divergence", "origins"),
     ("losses", "transfer"),
     ("models",),
