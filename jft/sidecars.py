@@ -25,7 +25,10 @@ def read(path: pathlib.Path) -> dict[str, Any]:
         if type(record.get(key)) is not form:
             said = json_text.shown(record[key]) if key in record else "missing"
             raise errors.UserError(f"{path}: not as jft writes it: {key} is {said}")
-    for key in sorted(record.keys() - forms.keys()):
+    files = record.get("files", {})  # results of earlier releases have none
+    if not isinstance(files, dict) or not all(isinstance(x, str) for x in files.values()):
+        raise errors.UserError(f"{path}: not as jft writes it: files is no object of texts")
+    for key in sorted(record.keys() - forms.keys() - {"files"}):
         raise errors.UserError(f"{path}: not as jft writes it: it has {json_text.shown(key)}")
     model = record["training"].get("model", {})
     if not isinstance(model, dict):
