@@ -25,7 +25,7 @@ import jax
 from ml_collections import config_dict
 
 from jft import config as configuration
-from jft import errors, hosts, lora, models, sharding, sidecars, swap, transfer
+from jft import errors, hosts, lora, models, redaction, sharding, sidecars, swap, transfer
 from jft.data import encoding, load, tokenised
 from jft.lora import peft
 from jft.models import export, quantizing
@@ -82,9 +82,9 @@ def describe(
         "resolved": config.to_dict(),
         "difference": {key: {"here": a, "base": b} for key, (a, b) in changes.items()},
     }
-    write_json(folder / "config.json", resolved)
+    write_json(folder / "config.json", redaction.redacted(resolved))
     write_json(folder / "environment.json", environment(layout))
-    write_json(folder / "data_report.json", report)
+    write_json(folder / "data_report.json", redaction.redacted(report))
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -110,7 +110,7 @@ def environment(layout: sharding.Layout | None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": sys.argv,
+        "command": redaction.redacted(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [str(device) for device in jax.devices()],
