@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if debug and arguments[:1] == ["train"]:  # which does more with it than a traceback
+        arguments.append("--debug")
     try:
         return _dispatch(arguments)
     except errors.UserError as error:

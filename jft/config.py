@@ -84,6 +84,7 @@ def base() -> config_dict.ConfigDict:
     optim.weight_decay = 0.0
     optim.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+ found 16 to be good)
     optim.clip_norm = 1.0  # largest global norm of a gradient; 0 = no clipping
+    optim.max_skipped = 5  # steps in a row that are left out because loss or gradient is not finite; one more stops the run
 
     c.batch_size = 8  # rows in one step, on all devices together
     c.micro_batch = (
@@ -123,7 +124,7 @@ def base() -> config_dict.ConfigDict:
 
 # Keys that may differ when a run is resumed: they do not change what is computed, the last three but for rounding.
 NOT_MATHEMATICS = (
-    *("run_dir", "checkpoint.", "validate.", "eval_batch_size", "data.test"),
+    *("run_dir", "checkpoint.", "validate.", "eval_batch_size", "data.test", "optim.max_skipped"),
     *("mesh.", "micro_batch", "remat"),
 )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 import tqdm
 
-from jft import hosts, jobs, metrics
+from jft import divergence, hosts, jobs, metrics
 
 Read = tuple[int, dict[str, float]]
 
@@ -59,14 +59,14 @@ class Journal:
     def step(self, number: int, values: dict[str, float]) -> None:
         values = dict(values)
         measured = self.meter.step(int(values.pop("positions")))
-        self.metrics.write(step=number, **values)
+        self.metrics.write(step=number, **divergence.record(**values))
         self.timing.write(step=number, **measured)
         speed = f"{measured['tokens_per_second']:.0f} tokens/s"
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
         self._bar.update()
 
     def validation(self, number: int, value: float) -> None:
-        self.metrics.write(step=number, valid_loss=value)
+        self.metrics.write(step=number, **divergence.record(valid_loss=value))
         self.say(f"step {number}: validation loss {value:.4f}")
 
     def say(self, line: str) -> None:

@@ -7,6 +7,7 @@ process alone writes files and prints.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -19,6 +20,8 @@ from ml_collections import config_dict
 from jft import (
     checkpoints,
     claims,
+    debugging,
+    divergence,
     errors,
     hosts,
     jobs,
@@ -45,21 +48,33 @@ class Progress:
 
     Attributes:
       state: after the last step.
+      watch: over its loss.
       best: step and loss of the best validation; empty before the first.
       seconds: of training, also in earlier attempts.
     """
 
     state: step.State
+    watch: divergence.Watch
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
     def record(self) -> dict[str, Any]:
-        """All but the state, as JSON; `Progress(state, **record)` has it again."""
-        return {"best": self.best, "seconds": self.seconds}
+        """All but the state, as JSON; `Progress.of` has it again."""
+        return {"watch": self.watch.state(), "best": self.best, "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, state: step.State, record: dict[str, Any], max_skipped: int) -> "Progress":
+        watch = divergence.Watch.from_state(max_skipped, record["watch"])
+        return cls(state, watch, record["best"], record["seconds"])
 
 
 def train(
-    config: config_dict.ConfigDict, *, fresh: bool = False, force: bool = False, profile: str = ""
+    config: config_dict.ConfigDict,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    profile: str = "",
+    debug: bool = False,
 ) -> dict[str, Any]:
     """Runs, or resumes, the training that the configuration describes.
 
@@ -68,30 +83,31 @@ def train(
       fresh: move an existing run out of the way instead of resuming it.
       force: go on with an existing run although settings, data or base are others.
       profile: steps to trace, "start:stop"; see `measure.Profile`.
+      debug: stop at the first step that is not finite, and find the operation; see `debugging`.
 
     Returns:
       The summary: scores of base and tuned model, sizes, times, where everything lies.
 
     Raises:
-      UserError: bad input, a loss that is not finite, or what can't be written.
+      UserError: bad input, a loss that stays not finite, or what can't be written.
       Interrupted: by a signal; the state is saved.
     """
     configuration.check_complete(config, "config")
-    asked = {"config": config.to_dict(), "fresh": fresh, "force": force, "profile": profile}
-    hosts.agree("the command", asked)
+    flags = {"fresh": fresh, "force": force, "profile": profile, "debug": debug}
+    hosts.agree("the command", {"config": config.to_dict(), **flags})
     folder = pathlib.Path(config.run_dir)
     claim = claims.Claim(folder, config, fresh=fresh, force=force)
     try:
         if hosts.any(hosts.lead() and (folder / "summary.json").exists()):
             return summary.read(folder)
-        return _run(jobs.prepare(config, folder), force, profile)
+        return _run(jobs.prepare(config, folder), force, profile, debug)
     finally:
         claim.release()
 
 
-def _run(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
+def _run(job: jobs.Job, force: bool, profile: str, debug: bool) -> dict[str, Any]:
     try:
-        return _trained(job, force, profile)
+        return _trained(job, force, profile, debug)
     except OSError as error:  # a full disk, say; what was saved is whole
         raise errors.UserError(
             f"{error.filename or job.folder}: {error.strerror or error}: the run had to stop; the same command goes"
@@ -99,7 +115,7 @@ def _run(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
         ) from error
 
 
-def _trained(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
+def _trained(job: jobs.Job, force: bool, profile: str, debug: bool) -> dict[str, Any]:
     if hosts.lead():
         _announce(job)
     c = job.config.checkpoint
@@ -116,11 +132,11 @@ def _trained(job: jobs.Job, force: bool, profile: str) -> dict[str, Any]:
         traced, place = profile if hosts.lead() else "", str(job.folder / "profile")
         trace = measure.Profile(traced, place, first=begun + 1, last=job.steps)
         stack.callback(trace.close)
-        loop(job, progress, saved, log, trace)
+        loop(job, progress, saved, log, trace, debug)
     save_result(job, progress.state.trainable, "last", job.steps, progress.best)
     _free(progress.state)  # what follows may load two more models
     hosts.barrier("the result is written")
-    return summary.make(job, progress.best, progress.seconds, log.meter.summary())
+    return summary.make(job, progress.best, progress.seconds, log.meter.summary(), progress.watch)
 
 
 def _announce(job: jobs.Job) -> None:
@@ -145,8 +161,9 @@ def _mesh(job: jobs.Job) -> str:
 
 def _start(job: jobs.Job, saved: checkpoints.Checkpoints, force: bool) -> tuple[Progress, str]:
     """Where to begin, fresh or at the newest checkpoint, and the lines of metrics.jsonl before it."""
+    limit = job.config.optim.max_skipped
     if not saved.steps:
-        return Progress(job.first_state()), ""
+        return Progress(job.first_state(), divergence.Watch(limit)), ""
     _free(job.trainable)  # the saved values come in their place
     found = saved.restore(job.program.state)
     assert found is not None
@@ -161,7 +178,7 @@ def _start(job: jobs.Job, saved: checkpoints.Checkpoints, force: bool) -> tuple[
     claims.record_forced(job.folder, number, changed)
     if hosts.lead():
         print(f"resuming after step {number} of {job.steps}", file=sys.stderr)
-    return Progress(state, **record["progress"]), record["metrics"]
+    return Progress.of(state, record["progress"], limit), record["metrics"]
 
 
 def _changes(job: jobs.Job, record: dict[str, Any]) -> list[str]:
@@ -199,10 +216,12 @@ def loop(
     saved: checkpoints.Checkpoints,
     log: journal.Journal,
     trace: measure.Profile,
+    debug: bool = False,
 ) -> None:
     """Trains to the last step, and keeps `progress` true.
 
-    The device never waits: step n is dispatched before the metrics of step n - 1 are read.
+    The device never waits: step n is dispatched before the metrics of step n - 1 are read; but with `debug`, where what a
+    step began with must still be there when it is looked at.
     """
     c, start, before = job.config, int(progress.state.step), progress.seconds
     validate_every = c.validate.every_steps or max(1, math.ceil(job.steps / 4))
@@ -215,12 +234,13 @@ def loop(
         if read is None:
             return
         number, values = read
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise errors.UserError(
-                f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite;"
-                " lower optim.learning_rate, or look at the data of that step"
-            )
         log.step(number, values)
+        examine = functools.partial(debugging.explain, job, progress.state, number)
+        said = divergence.settle(
+            progress.watch, job, number, values, lambda: saved.latest, examine if debug else None
+        )
+        for line in said:
+            log.say(line)
 
     def validate(number: int) -> bool:
         """Whether this is the best validation so far."""
@@ -257,6 +277,8 @@ def loop(
                 progress.state, values = job.program.train_step(progress.state, job.frozen, batch)
             settle()
             log.dispatched(number, values)
+            if debug:
+                settle()
             saved.poll()
             due = hosts.lead() and saving.overdue()
             level = asked.up(STOP if signals.received else SAVE if due else GO_ON)

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jft import errors
@@ -24,6 +25,7 @@ class Optim:
       weight_decay: decoupled, on everything that trains.
       lora_plus_ratio: the learning rate of adapters' B over that of the rest (LoRA+, https://arxiv.org/abs/2402.12354).
       clip_norm: gradients are scaled to at most this global L2 norm; 0 = never.
+      max_skipped: steps in a row that may be skipped because loss or gradient is not finite; see `divergence.Watch`.
     """
 
     learning_rate: float = 2e-4
@@ -35,6 +37,7 @@ class Optim:
     weight_decay: float = 0.0
     lora_plus_ratio: float = 1.0
     clip_norm: float = 1.0
+    max_skipped: int = 5
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -49,6 +52,8 @@ class Optim:
             )
         if not 0 <= self.warmup_fraction <= 1:
             raise errors.UserError(f"optim.warmup_fraction={self.warmup_fraction}: between 0 and 1")
+        if self.max_skipped < 0:
+            raise errors.UserError(f"optim.max_skipped={self.max_skipped}: it must be 0 or more")
 
 
 def schedule(c: Optim, steps: int) -> optax.Schedule:
@@ -77,6 +82,25 @@ def optimizer(c: Optim, steps: int) -> optax.GradientTransformation:
     if c.lora_plus_ratio != 1:
         parts.append(optax.masked(optax.scale(c.lora_plus_ratio), _is_b))
     return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def choose(good: jax.Array, new: Any, old: Any) -> Any:
+    """Leaf by leaf `new` where the step is good, else `old`: of trainable trees and of the optimizer's states.
+
+    The schedule's count goes on all the same: the learning rate belongs to the step, not to the updates made. Adam's own
+    count, by which the moments are corrected, is that of the updates in them.
+    """
+
+    def one(new: Any, old: Any) -> Any:
+        if _is_schedule(new):
+            return new
+        return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
+
+    return jax.tree.map(one, new, old, is_leaf=_is_schedule)
+
+
+def _is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)
 
 
 def _is_b(trainable: Any) -> Any:

@@ -33,6 +33,7 @@ class Program:
     Attributes:
       layout: of the mesh; None on one device.
       optimizer: over the trainable tree.
+      measure: a training step up to its update, see `step.measured`; not jitted.
       train_step: see `step.train_step`.
       eval_step: see `step.eval_step`.
       state: shapes of the state, with its shardings on a mesh.
@@ -46,6 +47,7 @@ class Program:
 
     layout: sharding.Layout | None
     optimizer: optax.GradientTransformation
+    measure: Any
     train_step: Any
     eval_step: Any
     state: step.State
@@ -129,16 +131,17 @@ def build(
     make = functools.partial(_loss, c, model, layout, backend, length, policy)
     # Not the key of `lora.init`.
     dropout_key = jax.random.fold_in(jax.random.key(c.seed), 1) if c.lora.dropout else None
+    loss = make(router_loss=c.router_loss)
+    how: Any = {
+        "accumulate": c.batch_size // micro_batch,
+        "dropout_key": dropout_key,
+        "shardings": shardings,
+    }
     return Program(
         layout=layout,
         optimizer=optimizer,
-        train_step=step.train_step(
-            make(router_loss=c.router_loss),
-            optimizer,
-            accumulate=c.batch_size // micro_batch,
-            dropout_key=dropout_key,
-            shardings=shardings,
-        ),
+        measure=step.measured(loss, **how),
+        train_step=step.train_step(loss, optimizer, **how),
         eval_step=step.eval_step(make(), layout),
         state=state,
         frozen=frozen,

@@ -25,7 +25,7 @@ import jax
 from ml_collections import config_dict
 
 from jft import config as configuration
-from jft import errors, hosts, lora, models, sharding, swap, transfer
+from jft import errors, hosts, lora, models, sharding, sidecars, swap, transfer
 from jft.data import encoding, load, tokenised
 from jft.lora import peft
 from jft.models import export, quantizing
@@ -247,11 +247,6 @@ def _open(
 
 
 def read_sidecar(folder: pathlib.Path) -> Sidecar:
-    try:
-        return Sidecar(**json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise errors.UserError(
-            f"{folder}: no {SIDECAR} there; is it a run's best/ or last/?"
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise errors.UserError(f"{folder / SIDECAR}: not as jft writes it: {error}") from error
+    if not (folder / SIDECAR).is_file():
+        raise errors.UserError(f"{folder}: no {SIDECAR} there; is it a run's best/ or last/?")
+    return Sidecar(**sidecars.read(folder / SIDECAR))

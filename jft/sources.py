@@ -2,7 +2,6 @@
 """What flags name: a run's result, an adapter and its base, a base model on the host in the numbers it is stored in."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import errors, runs, tree
+from jft import errors, json_text, runs, tree
 from jft.lora import peft
 from jft.models import (
     architecture,
@@ -109,7 +108,7 @@ def result_folder(run: str | pathlib.Path, which: str = "best") -> pathlib.Path:
 def model_record(folder: pathlib.Path) -> dict[str, Any]:
     """jft.json of a model that `jft export` or `jft import` wrote; empty for everything else."""
     try:
-        record = json.loads((folder / runs.SIDECAR).read_bytes())
+        record = json_text.read(folder / runs.SIDECAR)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.get("kind") == "model" else {}
@@ -225,7 +224,7 @@ def _dtypes(folder: pathlib.Path) -> dict[str, str]:
     files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = set(json.loads(index.read_bytes())["weight_map"].values())
+            files = set(json_text.read(index)["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return {}
     inside = [folder / file for file in files if file in {path.name for path in folder.iterdir()}]

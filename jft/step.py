@@ -17,11 +17,12 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jft import lora, losses, matmul, sharding, tree
+from jft import lora, losses, matmul, optim, sharding, tree
 from jft.models import architecture, decoder, experts
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+Metrics = dict[str, jax.Array]
 
 
 @functools.partial(
@@ -190,6 +191,36 @@ def gradients(
     return lax.scan(add, (total, weight, grads), batch)[0]
 
 
+def measured(
+    loss: Loss,
+    *,
+    accumulate: int = 1,
+    dropout_key: jax.Array | None = None,
+    shardings: Any = None,
+) -> Callable[[State, Any, Batch], tuple[Any, Metrics]]:
+    """A step up to its update: (state, frozen, batch [B, T]) -> (gradient of the mean, metrics); as `train_step`."""
+
+    def measure(state: State, frozen: Any, batch: Batch) -> tuple[Any, Metrics]:
+        if accumulate > 1:
+            batch = micro_batches(batch, accumulate)
+        if dropout_key is not None:
+            key = jax.random.fold_in(dropout_key, state.step)
+            keys = key if accumulate == 1 else jax.random.split(key, accumulate)
+            batch = batch | {"dropout_key": keys}
+        total, weight, grads = gradients(loss, state.trainable, frozen, batch, accumulate)
+        if shardings is not None:
+            grads = lax.with_sharding_constraint(grads, shardings.trainable)
+        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
+        return grads, {
+            "loss": total / weight,
+            "grad_norm": optax.tree.norm(grads),
+            "tokens": weight,
+            "positions": jnp.sum(batch["segments"] > 0),
+        }
+
+    return measure
+
+
 def train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -202,28 +233,20 @@ def train_step(
 
     With a `dropout_key`, each step and micro-batch has a key of its own, the same in a resumed run. `shardings` are those of
     the state on a mesh, a `State` of them.
-    Metrics: `loss` in nats per trained token, `grad_norm` before clipping, `tokens` trained, `positions` that hold a token.
+    Metrics: `loss` in nats per trained token, `grad_norm` before clipping, `tokens` trained, `positions` that hold a token,
+    `skipped`: 1 where loss or norm is not finite. Such a step only counts: it leaves weights and moments as they are.
     """
+    measure = measured(loss, accumulate=accumulate, dropout_key=dropout_key, shardings=shardings)
 
-    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        if accumulate > 1:
-            batch = micro_batches(batch, accumulate)
-        if dropout_key is not None:
-            key = jax.random.fold_in(dropout_key, state.step)
-            keys = key if accumulate == 1 else jax.random.split(key, accumulate)
-            batch = batch | {"dropout_key": keys}
-        total, weight, grads = gradients(loss, state.trainable, frozen, batch, accumulate)
-        if shardings is not None:
-            grads = lax.with_sharding_constraint(grads, shardings.trainable)
-        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
+    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, Metrics]:
+        grads, metrics = measure(state, frozen, batch)
+        # Two numbers that are the same on every device, so that all decide alike.
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {
-            "loss": total / weight,
-            "grad_norm": optax.tree.norm(grads),
-            "tokens": weight,
-            "positions": jnp.sum(batch["segments"] > 0),
-        }
+        trainable = optim.choose(good, trainable, state.trainable)
+        opt_state = optim.choose(good, opt_state, state.opt_state)
+        metrics["skipped"] = jnp.logical_not(good).astype(jnp.int32)
         return State(state.step + 1, trainable, opt_state), metrics
 
     if shardings is None:

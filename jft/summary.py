@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jft import generate, hosts, jobs, lora, models, runs, tree
+from jft import divergence, generate, hosts, jobs, lora, models, runs, tree
 from jft.data import encoding, examples
 from jft.evals import scores
 
@@ -19,7 +19,11 @@ ANSWERS_AT_A_TIME = 24
 
 
 def make(
-    job: jobs.Job, best: dict[str, Any], seconds: float, speed: dict[str, float]
+    job: jobs.Job,
+    best: dict[str, Any],
+    seconds: float,
+    speed: dict[str, float],
+    watch: divergence.Watch,
 ) -> dict[str, Any]:
     """Evaluates base and best, writes summary.json and samples.jsonl, and returns the summary.
 
@@ -30,6 +34,7 @@ def make(
       best: step and loss of the best validation; empty without a validation set.
       seconds: that training took.
       speed: of the median step.
+      watch: over the loss.
     """
     folder = job.folder / ("best" if best else "last")
     result: dict[str, Any] = {
@@ -37,6 +42,8 @@ def make(
         "result": str(folder),
         "steps": job.steps,
         "best_step": best.get("step"),
+        "skipped_steps": watch.skipped,
+        "loss_spikes": watch.spikes,
         "train_seconds": round(seconds, 1),
         "speed": speed,
         "trained_parameters": tree.size(job.trainable),
@@ -195,12 +202,23 @@ def render(s: dict[str, Any]) -> str:
         f"trained     {s['trained_parameters']:,} of {s['total_parameters']:,} parameters ({share:.2f} %)",
         f"steps       {s['steps']}{at_best}; {s['train_seconds']:.0f} s training,"
         f" {s['evaluation_seconds']:.0f} s evaluation",
+        *_trouble(s),
         *_measured(s),
         f"result      {s['result']} ({s['result_bytes'] / 1e6:.1f} MB); metrics, samples and checkpoints"
         f" in {s['run']}",
         f"talk to it  jft generate --run={s['run']}",
     ]
     return "\n".join(lines)
+
+
+def _trouble(s: dict[str, Any]) -> list[str]:
+    """What went wrong on the way, if anything did; runs of earlier versions did not count it."""
+    counts = {
+        "skipped steps (loss or gradient not finite)": s.get("skipped_steps"),
+        "spikes of the loss": s.get("loss_spikes"),
+    }
+    told = [f"{count} {what}" for what, count in counts.items() if count]
+    return [f"trouble     {', '.join(told)}"] if told else []
 
 
 def _measured(s: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jft import lora, losses, matmul, optim, step
@@ -253,3 +254,63 @@ def test_the_router_loss_is_added_to_the_loss_of_a_token(make: Any) -> None:
     extra = losses.load_balance(load.chosen_E, load.probability_E, load.tokens)
     assert extra > 1.9  # top_k when even, and more the less even
     np.testing.assert_allclose((both - plain) / weight, 0.5 * extra, rtol=EXACT)
+
+
+def rooted(trainable: Any, _: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """A loss that is not finite where x is not, and whose gradient alone is not where x is 0."""
+    x = batch["x"]
+    return jnp.sqrt(trainable["w"] ** 2 * x).sum(), jnp.float64(x.size)
+
+
+def rows(*values: float) -> dict[str, np.ndarray]:
+    return {"x": np.array(values)[:, None], "segments": np.ones((len(values), 1), np.int32)}
+
+
+GOOD, OTHER = rows(1.0, 2.0, 3.0, 4.0), rows(5.0, 1.0, 1.0, 2.0)
+BAD = {"loss": rows(1.0, np.nan, 2.0, 1.0), "gradient": rows(1.0, 2.0, 0.0, 1.0)}
+
+
+def run(update: Any, optimizer: Any, *batches: Any) -> tuple[step.State, list[Any]]:
+    state = step.init_state({"w": jnp.array([0.7])}, optimizer)
+    told = []
+    for batch in batches:
+        state, metrics = update(state, {}, batch)
+        told.append(jax.tree.map(float, metrics))
+    return state, told
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_step_that_is_not_finite_changes_nothing(bad: str, accumulate: int) -> None:
+    optimizer = optim.optimizer(optim.Optim(schedule="constant", warmup_fraction=0.0), 3)
+    update = step.train_step(rooted, optimizer, accumulate=accumulate)
+    want, _ = run(update, optimizer, GOOD, OTHER)
+    got, told = run(update, optimizer, GOOD, BAD[bad], OTHER)
+    assert [metrics["skipped"] for metrics in told] == [0, 1, 0]
+    assert np.isfinite(told[1]["loss"]) == (bad == "gradient")
+    assert not np.isfinite(told[1]["grad_norm"])
+    assert (got.step, want.step) == (3, 2)  # it counts: the data's position is the step
+    np.testing.assert_array_equal(got.trainable["w"], want.trainable["w"])
+    adam = [
+        next(s for s in jax.tree.leaves(x.opt_state, is_leaf=is_adam) if is_adam(s))
+        for x in (got, want)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *adam)
+
+
+def is_adam(state: Any) -> bool:
+    return hasattr(state, "mu")
+
+
+def test_the_learning_rate_is_that_of_the_step_after_a_skipped_one_too() -> None:
+    settings = optim.Optim(schedule="linear", warmup_fraction=0.0, lora_plus_ratio=1.0)
+    rate = optim.schedule(settings, 5)
+    got, _ = run(
+        step.train_step(rooted, o := optim.optimizer(settings, 5)), o, GOOD, BAD["loss"], OTHER
+    )
+    # By hand: optax's Adam with the rates of steps 0 and 2.
+    by_hand = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(lambda n: rate(2 * n), weight_decay=0.0)
+    )
+    want, _ = run(step.train_step(rooted, by_hand), by_hand, GOOD, OTHER)
+    np.testing.assert_allclose(got.trainable["w"], want.trainable["w"], rtol=EXACT)

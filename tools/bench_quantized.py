@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the support example on a base of each format, with several seeds: losses, memory, speed; Markdown tables.
+"""Trains on a base of each format, with several seeds: losses, memory, speed; a Markdown table.
 
-    python tools/bench_quantized.py [--steps=60] [--seeds=3] [--kinds=none,nf4,int4,int8]
+    python tools/bench_quantized.py [--config=configs/support.py] [--steps=60] [--seeds=3] [--kinds=none,nf4,int4,int8] [KEY=VALUE ...]
 
 Each run is a process of its own, one after the other and the formats in turn, so that a busy machine slows them alike.
 The base is SmolLM2-135M-Instruct's Q4_1 file, whose values are read as float32 and quantised again.
@@ -18,7 +18,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def run(kind: str, seed: int, steps: int, folder: pathlib.Path) -> dict[str, float]:
+def run(
+    config: str, changes: list[str], kind: str, seed: int, steps: int, folder: pathlib.Path
+) -> dict[str, float]:
     """Validation loss at the end, tokens/s and the process's largest memory in GB."""
     keys = {
         "model.quantize": kind,
@@ -29,7 +31,8 @@ def run(kind: str, seed: int, steps: int, folder: pathlib.Path) -> dict[str, flo
         "validate.samples": 0,
     }
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
-    command = [sys.executable, "-m", "jft.cli", "train", f"--config={ROOT / 'configs/support.py'}"]
+    flags += [f"--config.{change}" for change in changes]
+    command = [sys.executable, "-m", "jft.cli", "train", f"--config={config}"]
     done = subprocess.run(
         [*command, *flags, "--json"], stdout=subprocess.PIPE, check=True, text=True
     )
@@ -48,11 +51,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kinds", default="none,nf4,int4,int8")
+    parser.add_argument("--config", default=str(ROOT / "configs/support.py"))
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     flags = parser.parse_args()
     kinds = flags.kinds.split(",")
     with tempfile.TemporaryDirectory() as folder:
         found = {
-            (kind, seed): run(kind, seed, flags.steps, pathlib.Path(folder))
+            (kind, seed): run(
+                flags.config, flags.changes, kind, seed, flags.steps, pathlib.Path(folder)
+            )
             for seed in range(flags.seeds)
             for kind in kinds
         }

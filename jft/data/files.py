@@ -3,14 +3,13 @@
 
 import difflib
 import io
-import json
 import lzma
 import pathlib
 import re
 import zlib
 from typing import Any
 
-from jft import errors
+from jft import errors, json_text
 from jft.data import records
 
 # Kind by extension; each may be followed by one of COMPRESSED.
@@ -180,13 +179,17 @@ def _in_folder(folder: pathlib.Path) -> tuple[str, ...]:
 def _saved(folder: pathlib.Path) -> tuple[str, ...]:
     """The files of a folder that datasets' save_to_disk wrote, in its order."""
     try:
-        state = json.loads((folder / "state.json").read_bytes())
+        state = json_text.read(folder / "state.json")
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise errors.UserError(
             f"{folder}/state.json: is not as save_to_disk writes it ({records.one_line(error)}); "
             "save the data set again"
         ) from None
+    if outside := [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]:
+        raise errors.UserError(
+            f"{folder}: state.json names {outside[0]!r}, which is no file of the folder; save the data set again"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise errors.UserError(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jft import errors
+from jft import errors, sandbox
 from jft.data import examples
 
 PROBE = "Zqxjk"  # what to look for in a trial's text
@@ -96,7 +96,7 @@ class Template:
         broken = [
             self._broken(turns, mark) for turns, mark in zip(conversations, marks, strict=True)
         ]
-        texts = render(self.tokenizer, broken, tools, generation)
+        texts = sandbox.render(self.tokenizer, broken, tools, generation)
         return [Rendered(text, mark) for text, mark in zip(texts, marks, strict=True)]
 
     def _broken(self, turns: Messages, mark: str) -> list[Mapping[str, Any]]:
@@ -126,9 +126,9 @@ def _analyse(tokenizer: Any, template: str) -> Template:
     added = added_tokens(tokenizer)
     every = any_of(added)
     answer = {"role": "assistant", "content": PROBE}
-    asked = render(tokenizer, [[_USER]], (), False)[0]
-    prompt = render(tokenizer, [[_USER]], (), True)[0]
-    answered = render(tokenizer, [[_USER, answer]], (), False)[0]
+    asked = sandbox.render(tokenizer, [[_USER]], (), False)[0]
+    prompt = sandbox.render(tokenizer, [[_USER]], (), True)[0]
+    answered = sandbox.render(tokenizer, [[_USER, answer]], (), False)[0]
     before, found, after = answered.rpartition(PROBE)
     if not found:
         raise errors.UserError(
@@ -170,35 +170,12 @@ def _try_tools(tokenizer: Any) -> dict[str, str]:
     written = {}
     for what, (turns, tools, wanted) in conversations.items():
         try:
-            text = render(tokenizer, [turns], tools, False)[0]
+            text = sandbox.render(tokenizer, [turns], tools, False)[0]
         except errors.UserError:
             continue
         if all(name in text for name in wanted):
             written[what] = text
     return written
-
-
-def render(
-    tokenizer: Any, conversations: Sequence[Messages], tools: Tools, generation: bool
-) -> list[str]:
-    """The template's texts, as they are."""
-    import jinja2
-
-    if not tokenizer.chat_template:
-        raise errors.UserError(
-            "the tokenizer has no chat template; set data.chat_template to a file, a template's text, or plain"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            [list(turns) for turns in conversations],
-            tools=list(tools) or None,
-            tokenize=False,
-            add_generation_prompt=generation,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise errors.UserError(
-            f"the chat template refuses the conversation: {' '.join(str(error).split())}"
-        ) from None
 
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:

@@ -104,7 +104,8 @@ class Tokeniser:
             known |= self._words.encode(part for part in parts if part not in known)
         rest = [part for part in parts if part not in known]
         backend = self._tokenizer.backend_tokenizer
-        encoded = backend.encode_batch_fast(rest, add_special_tokens=False)
+        with errors.from_library("the tokenizer fails"):
+            encoded = backend.encode_batch_fast(rest, add_special_tokens=False)
         for part, found in zip(rest, encoded, strict=True):
             known[part] = self._fault(part, found.ids) or words.as_bytes(found.ids)
         return known
@@ -170,7 +171,8 @@ def plain(tokenizer: Any, text: str) -> list[int]:
     if not text:
         return []
     settings = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
-    return list(tokenizer(text, **settings)["input_ids"])
+    with errors.from_library("the tokenizer fails"):
+        return list(tokenizer(text, **settings)["input_ids"])
 
 
 def _lost_bytes(tokenizer: Any) -> re.Pattern[bytes] | None:

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from jft import errors
+
 # Alternatives of the expressions of GPT-2, GPT-4, GPT-4o, Llama 3, Qwen, Mistral's Tekken and DeepSeek.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -123,7 +125,8 @@ class Words:
         return {word: ids for word, text, ids in made if self._sound(text, as_ids(ids))}
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        with errors.from_library("the tokenizer fails"):
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [each.ids for each in encoded]
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jft import errors
+from jft import errors, json_text
 from jft.lora import spec
 
 FORMAT = "jft.lora.1"
@@ -70,7 +70,7 @@ def load(path: str | pathlib.Path, params: Any) -> spec.Adapters:
 def _header(text: str, path: pathlib.Path) -> dict[str, Any]:
     """{leaf: what is said of it}."""
     try:
-        header = json.loads(text)
+        header = json_text.loads(text, "it is")
         for saved in header.values():
             good = saved.keys() == {"scale", "layout", "dropout"} and isinstance(
                 saved["layout"], str

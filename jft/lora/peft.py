@@ -35,6 +35,7 @@ _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector
 _EMBEDDING = (
     "embed/embedding"  # PEFT's keys for it, lora_embedding_A, come with the whole embedding
 )
+_HEADER = 100_000_000  # bytes, the format's own limit
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
@@ -182,6 +183,7 @@ def load(
     targets = config.targets(names)
     _check_targets(targets, names, leaves, config.where)
     where = _locate(folder, WEIGHTS_FILE)
+    _check_size(where, config, targets, {m: leaves[names[m][0]].shape for m in targets})
     file = _File(where, _read_tensors(where), config)
     _compare(file, targets, names)
     paths = dict.fromkeys(names[module][0] for module in targets)
@@ -221,6 +223,24 @@ def _check_targets(
                 f"{where}: target_modules names {module}, but this base has no {path}: its embeddings are tied, and"
                 " an adapter of the head alone would untie them"
             )
+
+
+def _check_size(
+    where: pathlib.Path,
+    config: peft_matching.Config,
+    targets: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+) -> None:
+    """Before the file is read: it can't have more bytes than the targets' tensors, whatever their type."""
+    most = _HEADER
+    for module in targets:
+        rank, _ = config.rank_and_scale(module)
+        most += 8 * (2 * rank + 1) * math.prod(shapes[module])
+    size = where.stat().st_size
+    if size > most:
+        raise errors.UserError(
+            f"{where}: has {size:,} bytes, and what {CONFIG_FILE} asks for has {most:,} at most"
+        )
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -6,15 +6,13 @@ drops keys that it does not know; here a later version's key is let through only
 """
 
 import collections
-import json
 import math
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jft import errors
-from jft.lora import peft_matching, spec
+from jft import errors, json_text
+from jft.lora import peft_expressions, peft_matching, spec
 
 # What follows covers the 41 keys that PEFT 0.21 writes, and those of other versions; a test counts them.
 HONOURED = frozenset(
@@ -74,6 +72,7 @@ _REMEDIES = {
     " path_initial_model_for_weight_conversion writes a plain adapter",
     "modules_to_save": "whole weights beside an adapter are not read",
 }
+_LARGEST_RANK = 1 << 31
 _LARGEST = 1e38  # of float32, in which scales are multiplied
 
 
@@ -92,22 +91,7 @@ def read(path: pathlib.Path) -> peft_matching.Config:
 
 
 def _parse(path: pathlib.Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = collections.Counter(key for key, _ in pairs)
-        if twice := [key for key, count in counts.items() if count > 1]:
-            raise errors.UserError(f"{path}: {twice[0]!r} is there twice")
-        return dict(pairs)
-
-    try:
-        values = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
-    except errors.UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise errors.UserError(f"{path} is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{path} is not JSON: {error}") from error
-    except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror}") from error
+    values = json_text.read(path, unique=True)
     if not isinstance(values, dict):
         raise errors.UserError(f"{path} is no JSON object")
     return values
@@ -147,7 +131,7 @@ def _check_numbers(config: peft_matching.Config) -> None:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1  # type(), because True is an int
+    return type(value) is int and 1 <= value <= _LARGEST_RANK  # type(), because True is an int
 
 
 def _is_number(value: Any) -> bool:
@@ -170,11 +154,13 @@ def _check_rules(config: peft_matching.Config) -> None:
 
 
 def _check_expression(config: peft_matching.Config, key: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        why = f"{expression!r} is not a regular expression: {error}"
-        raise config.refusal(key, why) from error
+    # As it stands, and as part of the expressions that `peft_matching` makes of it.
+    for whole in (expression, peft_matching.ending(expression), peft_matching.layered(expression)):
+        try:
+            peft_expressions.compiled(whole)
+        except ValueError as error:
+            why = f"{expression!r:.200} is not a regular expression: {error}"
+            raise config.refusal(key, why) from error
 
 
 def _check_layers(config: peft_matching.Config) -> None:

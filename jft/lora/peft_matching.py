@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import math
 import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jft import errors
+from jft.lora import peft_expressions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +43,14 @@ class Config:
           UserError: none is, or a pattern or layer number names nothing in this base.
         """
         modules = list(modules)
+        self._modules.extend(modules)
         self._check_patterns(modules)
         self._check_layers(modules)
         named = [module for module in modules if self._is_named(module)]
         if not named:
             raise self.refusal("target_modules", "it names no module of this base")
         exclude = self.values.get("exclude_modules")
-        kept = [module for module in named if not (exclude and _matches(exclude, module))]
+        kept = [module for module in named if not (exclude and self._matches(exclude, module))]
         if not kept:
             raise self.refusal("exclude_modules", "it excludes every target")
         return kept
@@ -58,7 +59,7 @@ class Config:
         """Entries of target_modules that name none of the modules: PEFT lets them pass, and a typo is one."""
         rule, modules = self.values["target_modules"], list(modules)
         entries = [] if isinstance(rule, str) else rule
-        return [x for x in entries if not any(_matches([x], module) for module in modules)]
+        return [x for x in entries if not any(_is_named([x], module) for module in modules)]
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         rank = self._value("rank_pattern", module, self.values["r"])
@@ -72,10 +73,24 @@ class Config:
         rule = self.values["target_modules"]
         if isinstance(rule, str) and rule.lower() == "all-linear":
             return not module.endswith(("lm_head", "embed_tokens"))
-        if not _matches(rule, module):
+        if not self._matches(rule, module):
             return False
         # In PEFT a module's whole name wins over the choice of layers.
         return not self._layers or module in rule or self._layer_of(module) in self._layers
+
+    @functools.cached_property
+    def _modules(self) -> list[str]:
+        """The base's; an expression is tried on all at once."""
+        return []
+
+    def _hits(self, expression: str, how: str) -> Mapping[str, str | None]:
+        return peft_expressions.hits(expression, tuple(self._modules), how, str(self.where))
+
+    def _matches(self, rule: str | Sequence[str], module: str) -> bool:
+        """A list holds names or their last parts, a string is a regular expression."""
+        if isinstance(rule, str):
+            return module in self._hits(rule, "fullmatch")
+        return _is_named(rule, module)
 
     @functools.cached_property
     def _layers(self) -> list[int]:
@@ -87,10 +102,10 @@ class Config:
         """The number that follows layers_pattern, or else the first one in the name."""
         patterns = self.values.get("layers_pattern") or []
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        rules = [rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\." for pattern in patterns]
+        rules = [layered(pattern) for pattern in patterns]
         for rule in rules or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
-            if found := re.match(rule, module):
-                return int(found["layer"])
+            if found := self._hits(rule, "match").get(module):
+                return int(found)
         return None
 
     def _check_layers(self, modules: Sequence[str]) -> None:
@@ -98,22 +113,14 @@ class Config:
         if absent := [layer for layer in self._layers if layer not in there]:
             raise self.refusal("layers_to_transform", f"this base has no layer {absent[0]}")
 
-    @functools.cached_property
-    def _patterns(self) -> dict[str, dict[str, tuple[re.Pattern[str], Any]]]:
-        """{key: {pattern: (expression, value)}}; compiled here, because there may be more than `re` remembers."""
-        return {
-            key: {
-                pattern: (re.compile(rf"(.*\.)?({pattern})$"), value)
-                for pattern, value in (self.values.get(key) or {}).items()
-            }
-            for key in ("rank_pattern", "alpha_pattern")
-        }
+    def _patterns(self, key: str) -> Mapping[str, Any]:
+        return self.values.get(key) or {}
 
     def _check_patterns(self, modules: Sequence[str]) -> None:
         """Nothing in the tensors tells an alpha: where its pattern matches nothing, a scale would be lost unseen."""
-        for key, patterns in self._patterns.items():
-            for pattern, (expression, _) in patterns.items():
-                if not any(expression.match(module) for module in modules):
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in self._patterns(key):
+                if not self._hits(ending(pattern), "match"):
                     raise errors.UserError(
                         f"{self.where}: {key}: {pattern!r} matches no module of this base; mend it, or delete the"
                         " entry, which PEFT ignores"
@@ -121,7 +128,8 @@ class Config:
 
     def _value(self, key: str, module: str, default: Any) -> Any:
         """The value of the patterns that match; PEFT takes the first, but sorts them when it saves."""
-        hits = {p: v for p, (x, v) in self._patterns[key].items() if x.match(module)}
+        patterns = self._patterns(key).items()
+        hits = {p: v for p, v in patterns if module in self._hits(ending(p), "match")}
         if len(set(hits.values())) > 1:
             raise errors.UserError(
                 f"{self.where}: several entries of {key} match {module} with different values"
@@ -130,11 +138,18 @@ class Config:
         return next(iter(hits.values()), default)
 
 
-def _matches(rule: str | Sequence[str], module: str) -> bool:
-    """A list holds names or their last parts, a string is a regular expression."""
-    if isinstance(rule, str):
-        return re.fullmatch(rule, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in rule)
+def ending(pattern: str) -> str:
+    """PEFT's expression for a module whose last parts match a pattern."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def layered(pattern: str) -> str:
+    """PEFT's expression for the number of a layer that follows a pattern."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
+
+
+def _is_named(names: Sequence[str], module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def short(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jft import errors, tree
+from jft import errors, json_text, tree
 from jft.models import architecture, families, fingerprint, packed_folder, safetensors, shards
 
 RECORD = "jft.json"  # says what a folder of ours is
@@ -142,7 +142,7 @@ def check_target(folder: str | pathlib.Path, *, force: bool = False) -> None:
 def kind(folder: pathlib.Path) -> Any:
     """What jft.json calls a folder: "model" (written here), "full" or "lora" (of a run); None without one."""
     try:
-        return json.loads((folder / RECORD).read_bytes())["kind"]
+        return json_text.read(folder / RECORD)["kind"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a model's folder: they must be files, and must be in it."""
 
-import json
 import os
 import pathlib
 from typing import Any
 
-from jft import errors
+from jft import errors, json_text
 
 
 def has(folder: pathlib.Path, name: str) -> bool:
@@ -35,12 +34,7 @@ def file(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A file's JSON object."""
-    try:
-        parsed = json.loads(path.read_bytes())
-    except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{path}: not JSON: {error}") from error
+    parsed = json_text.read(path)
     if not isinstance(parsed, dict):
         raise errors.UserError(f"{path}: a JSON object is expected, not {type(parsed).__name__}")
     return parsed

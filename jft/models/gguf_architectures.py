@@ -143,7 +143,7 @@ def of_family(family: str) -> Architecture:
 
 def of_file(name: Any, path: Any) -> Architecture:
     """That of a file; raises UserError for one that is not implemented."""
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise errors.UserError(f"{path}: general.architecture is {name!r}; implemented are {known}")
     return ARCHITECTURES[name]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jft import errors
+from jft import errors, json_text
 
 _SCALARS = {
     0: "B",
@@ -61,6 +61,8 @@ def read(path: str | pathlib.Path) -> File:
     """
     path = pathlib.Path(path)
     try:
+        if not path.is_file():  # a pipe would keep `open` waiting
+            raise errors.UserError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
         with path.open("rb") as stream:
             size = stream.seek(0, 2)
             if not size:
@@ -76,9 +78,10 @@ def read(path: str | pathlib.Path) -> File:
         if key in metadata:
             raise errors.UserError(f"{path}: the metadata has {key} twice")
         metadata[key] = cursor.value()
-    if metadata.get("split.count", 1) > 1:
+    parts = metadata.get("split.count", 1)
+    if not isinstance(parts, int) or parts > 1:
         raise errors.UserError(
-            f"{path}: one of {metadata['split.count']} parts; join them: llama-gguf-split --merge"
+            f"{path}: one of {json_text.shown(parts)} parts; join them: llama-gguf-split --merge"
         )
     infos = [_info(cursor) for _ in range(tensor_count)]
     start = _aligned(cursor.at, metadata.get("general.alignment", 32), path)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jft import errors
+from jft import errors, sandbox
 from jft.models import gguf_rules, gguf_tokenizer
 
 _PREPEND = {"type": "Prepend", "prepend": gguf_rules.BLANK}
@@ -183,14 +183,9 @@ def chat(source: Source) -> str:
     if not source.tokenizer.chat_template:
         return ""
     try:
-        return source.tokenizer.apply_chat_template(
-            list(_TALK), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # whatever the template raises
-        cause = " ".join(str(error).split())
-        raise source.refusal(
-            f"the chat template fails on user, assistant, user: {cause}"
-        ) from error
+        return sandbox.render(source.tokenizer, [_TALK], (), True)[0]
+    except errors.UserError as error:
+        raise source.refusal(f"on user, assistant, user {error}") from error
 
 
 def scores(source: Source, tokens: Sequence[str]) -> list[float]:

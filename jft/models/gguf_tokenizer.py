@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from jft import errors
-from jft.models import gguf_rules
+from jft.models import gguf_forms, gguf_rules
 
+_LONGEST = 512  # characters of a piece of sentencepiece's
 _PHI3_PLAIN = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
@@ -29,6 +30,7 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
     """
     import transformers
 
+    gguf_forms.check(metadata, where)
     tokens, model = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
     if not tokens:
         raise errors.UserError(f"{where}: has no tokenizer (tokenizer.ggml.tokens)")
@@ -185,6 +187,12 @@ def _merges(
     """
     normal = kinds == gguf_rules.NORMAL
     known = {token for token, index in vocab.items() if normal[index] or len(token) == 1}
+    if long := [
+        piece for piece in known if len(piece) > _LONGEST
+    ]:  # their cuts take quadratic time
+        raise errors.UserError(
+            f"{where}: a piece has {len(long[0])} characters, more than {_LONGEST}"
+        )
     pairs = {piece: cuts(piece, known) for piece in known if len(piece) > 1}
     for piece in pairs:
         if any(character not in known for character in piece):

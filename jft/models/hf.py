@@ -6,7 +6,6 @@ the peak is the parameters and the largest tensor. What the files hold must be e
 configuration says; nothing is unpickled and no code of the folder is run.
 """
 
-import json
 import pathlib
 import re
 import types
@@ -31,6 +30,7 @@ from jft.models import (
     placing,
     quantizing,
     safetensors,
+    tokenizer_files,
 )
 
 # Of a leaf's path and its shape: the leaf's sharding. For a quantised leaf it gets a QArray of shapes and gives one of
@@ -45,6 +45,8 @@ _HARMLESS = re.compile(
     r"|transformer\.h\.\d+\.attn\.(bias|masked_bias)"
 )
 _COMPARED = 1 << 24  # bytes at once
+
+tokenizer = tokenizer_files.load
 
 
 def load(
@@ -193,42 +195,6 @@ def assemble(
 
     likes = expected(config, dtype, quantize, blocks)
     return tree.unflatten({path: leaf(path, like) for path, like in likes.items()})
-
-
-def tokenizer(folder: str | pathlib.Path) -> Any:
-    """The folder's tokenizer, without network and without running code from the folder."""
-    import transformers
-
-    folder = pathlib.Path(folder)
-    if not (folder / "tokenizer_config.json").is_file() and not _tokenizer_json(folder).is_file():
-        raise errors.UserError(f"{folder}: no tokenizer.json and no tokenizer_config.json")
-    options = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
-        if _tokenizer_json(folder).is_file() and not _as_written(found, folder):
-            found = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
-    # The tokenizers library raises bare Exception on a file it can't parse.
-    except Exception as error:
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise errors.UserError(f"{folder}: the tokenizer can't be loaded: {cause[0]}") from error
-    return found
-
-
-def _tokenizer_json(folder: pathlib.Path) -> pathlib.Path:
-    return folder / "tokenizer.json"
-
-
-def _as_written(found: Any, folder: pathlib.Path) -> bool:
-    """Whether a tokenizer cuts text as tokenizer.json says.
-
-    transformers 5 builds some classes anew from the vocabulary: GPT2Tokenizer, which SmolLM2 names,
-    drops the rule that splits digits one by one, and every number gets other ids than in training.
-    """
-    backend = getattr(found, "backend_tokenizer", None)
-    if backend is None:
-        return False
-    got, written = json.loads(backend.to_str()), folders.read_json(_tokenizer_json(folder))
-    return all(got.get(part) == written.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
 def _by_full_names(

@@ -23,6 +23,7 @@ from jft.models import (
     decoder,
     folders,
     hf,
+    packed_record,
     pages,
     placing,
     quantizing,
@@ -159,6 +160,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         raise errors.UserError(
             f"{path}: has been changed since it was written (its seal does not fit): write the folder again"
         )
+    packed_record.check(record, path)
     return record
 
 

@@ -8,7 +8,6 @@ told by its name and the faulty entry: every offset is checked before a byte of 
 
 import dataclasses
 import functools
-import json
 import math
 import mmap
 import os
@@ -20,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jft import errors
+from jft import errors, json_text
 from jft.models import folders
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +36,8 @@ _DTYPES: dict[str, np.dtype] = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100_000_000  # the format's own limit
+_KEYS = ("dtype", "shape", "data_offsets")
+_MAX_DIMS, _MAX_SIZE = 32, 1 << 58
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Tensor:
         return self.raw.view(_DTYPES[self.dtype]).reshape(self.shape)
 
 
+def is_dtype(name: str) -> bool:
+    """Whether the format has a type of this name that is read here."""
+    return name in _DTYPES
+
+
 def numpy_dtype(name: str) -> np.dtype:
     """numpy's type of the format's name of one."""
     return _DTYPES[name]
@@ -103,7 +109,9 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
                 f"and the file has {size}"
             )
         header = _parse(stream.read(length), path)
-    header.pop("__metadata__", None)
+    texts = header.pop("__metadata__", {})
+    if not isinstance(texts, dict) or not all(map(_is_text, (*texts, *texts.values()))):
+        raise errors.UserError(f"{path}: the header's __metadata__ is no object of texts")
     file, body = File(path, size), 8 + length
     tensors = {name: _tensor(name, entry, file, body) for name, entry in header.items()}
     _check_offsets(header, size - body, path)
@@ -173,25 +181,16 @@ def _is_name(text: Any) -> bool:
     return isinstance(text, str) and text.isprintable()
 
 
-def _printable(value: Any) -> str:
-    return value if _is_name(value) else f"{value!r:.200}"
+def _is_text(value: Any) -> bool:
+    """A text that is not half of a surrogate pair, which JSON can write and UTF-8 can't."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse(text: bytes, path: pathlib.Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise errors.UserError(f"{path}: the header names {_printable(twice)} twice")
-        return found
-
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except errors.UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{path}: the safetensors header is not JSON: {error}") from error
+    header = json_text.loads(text, f"{path}: the safetensors header is", unique=True, finite=True)
     if not isinstance(header, dict):
         raise errors.UserError(f"{path}: the safetensors header is not a JSON object")
     return header
@@ -199,19 +198,13 @@ def _parse(text: bytes, path: pathlib.Path) -> dict[str, Any]:
 
 def _tensor(name: str, entry: Any, file: File, body: int) -> Tensor:
     path, room = file.path, file.size - body
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        counts = [start, stop, *shape]
-        sound = all(type(count) is int and count >= 0 for count in counts) and start <= stop
-        sound = sound and _is_name(name) and isinstance(dtype, str)
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        said = f"{path}: {_printable(name)}: the header's entry is malformed: {_printable(entry)}"
-        raise errors.UserError(said)
+    if not _is_sound(name, entry):
+        said = f"{json_text.shown(name)}: the header's entry is malformed: {json_text.shown(entry)}"
+        raise errors.UserError(f"{path}: {said}")
+    dtype, shape, (start, stop) = (entry[key] for key in _KEYS)
     if dtype not in _DTYPES:
         raise errors.UserError(
-            f"{path}: {name}: stored as {_printable(dtype)}, which is not read here"
+            f"{path}: {name}: stored as {json_text.shown(dtype)}, which is not read here"
         )
     need = math.prod(shape) * _DTYPES[dtype].itemsize
     if stop - start != need:
@@ -223,6 +216,20 @@ def _tensor(name: str, entry: Any, file: File, body: int) -> Tensor:
             f"{path}: {name}: ends at byte {stop} of {room}: the file is cut short"
         )
     return Tensor(name, file, dtype, tuple(shape), body + start, body + stop)
+
+
+def _is_sound(name: str, entry: Any) -> bool:
+    """Whether a header's entry has its form, and numbers that arrays can have."""
+    if not isinstance(entry, dict) or entry.keys() != set(_KEYS) or not _is_name(name):
+        return False
+    dtype, shape, offsets = (entry[key] for key in _KEYS)
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    if len(shape) > _MAX_DIMS or len(offsets) != 2:
+        return False
+    counts = all(type(count) is int and count >= 0 for count in (*offsets, *shape))
+    # A size of 0 beside a huge one needs no bytes, and numpy can't hold it.
+    return counts and offsets[0] <= offsets[1] and math.prod(x or 1 for x in shape) < _MAX_SIZE
 
 
 def _check_offsets(header: dict[str, Any], size: int, path: pathlib.Path) -> None:

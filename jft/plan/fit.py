@@ -93,7 +93,9 @@ def _here(devices: Sequence[Any], size: int) -> topology.Topology:
     known = chips.of_kind(first.device_kind) or chips.CHIPS["h100"]
     chip = dataclasses.replace(known, platform=platform, hbm_bytes=size)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    return topology.Topology("this machine", chip, slices, (len(devices),), tuple(devices))
+    return topology.Topology(
+        "this machine", chip, slices, (len(devices),), tuple(devices), here=True
+    )
 
 
 def device_memory(devices: Sequence[Any]) -> int:

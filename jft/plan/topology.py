@@ -27,13 +27,17 @@ _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9\-]+):(\d+(?:x\d+)*)")
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices` are descriptions: programs can be compiled for them, not run. In order of slices, then as JAX lists them."""
+    """`devices` are descriptions: programs can be compiled for them, not run. In order of slices, then as JAX lists them.
+
+    `here`: they are devices of this machine instead.
+    """
 
     name: str
     chip: chips.Chip
     slices: int
     shape: tuple[int, ...]  # chips along each dimension of one slice
     devices: tuple[Any, ...]
+    here: bool = False
 
     @property
     def chips(self) -> int:
@@ -42,8 +46,12 @@ class Topology:
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """For `lowered.compile`: without a GPU nothing can be timed, so the compiler shall choose each kernel untried."""
-        return {"xla_gpu_autotune_level": 0} if self.chip.platform == "cuda" else {}
+        """For `lowered.compile`: without a GPU nothing can be timed, so the compiler shall choose each kernel untried.
+
+        Never for a program that is to run: with untried kernels a step of an 8B model took 11.9 s on an H100.
+        """
+        untried = self.chip.platform == "cuda" and not self.here
+        return {"xla_gpu_autotune_level": 0} if untried else {}
 
 
 def slices_of(chip: str) -> tuple[str, ...]:

@@ -34,6 +34,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--profile", metavar="START:STOP", default="", help="trace these steps into RUN_DIR/profile"
     )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="stop at the first loss or gradient that is not finite, and find its operation",
+    )
     several = parser.add_argument_group(
         "several processes", "on clusters that are not recognised; the same in all but --process"
     )
@@ -60,7 +65,13 @@ def _train(config: Any, flags: argparse.Namespace) -> int:
     from jft import hosts, loop, stopping, summary
 
     try:
-        result = loop.train(config, fresh=flags.fresh, force=flags.force, profile=flags.profile)
+        result = loop.train(
+            config,
+            fresh=flags.fresh,
+            force=flags.force,
+            profile=flags.profile,
+            debug=flags.debug,
+        )
     except loop.Interrupted as stop:
         if hosts.lead():
             print(f"jft: {stop}", file=sys.stderr)

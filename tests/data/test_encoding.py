@@ -235,7 +235,7 @@ REFUSED = {
     "no header": (CHATML.split("{% if add")[0], "ignores add_generation_prompt"),
     "no content": ("<|im_start|>{{ messages[0].content }}", "does not write the assistant's"),
     "other header": (OTHER_HEADER, "f:row 1: .*not how it begins"),
-    "syntax": ("{% for %}", "the chat template refuses"),
+    "syntax": ("{% for %}", "the chat template can't be read"),
 }
 
 

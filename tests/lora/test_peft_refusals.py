@@ -261,14 +261,14 @@ FILE_CASES: dict[str, tuple[Damage, str]] = {
         linked_outside(peft.CONFIG_FILE),
         "adapter_config.json is a link to .*elsewhere, outside its folder",
     ),
-    "empty configuration": (config_bytes(lambda _: b""), "adapter_config.json is not JSON"),
-    "half a configuration": (config_bytes(lambda x: x[:90]), "adapter_config.json is not JSON"),
-    "nested too deep": (config_bytes(lambda _: b"[" * 10**5), "adapter_config.json is not JSON"),
+    "empty configuration": (config_bytes(lambda _: b""), "adapter_config.json: not JSON"),
+    "half a configuration": (config_bytes(lambda x: x[:90]), "adapter_config.json: not JSON"),
+    "nested too deep": (config_bytes(lambda _: b"[" * 10**5), "adapter_config.json: not JSON"),
     "a list": (config_bytes(lambda _: b"[]"), "adapter_config.json is no JSON object"),
     "null": (config_bytes(lambda _: b"null"), "adapter_config.json is no JSON object"),
     "UTF-16": (
         config_bytes(lambda x: x.decode().encode("utf-16")),
-        "adapter_config.json is not UTF-8",
+        "adapter_config.json: not JSON: .utf-8. codec",
     ),
     "a key twice": (config_bytes(lambda x: b'{"r": 3,' + x[1:]), "'r' is there twice"),
     "an inner key twice": (

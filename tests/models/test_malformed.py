@@ -238,7 +238,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "header a list": (text(lambda header: "[]"), f"{FILE}: .*header is not a JSON object"),
     "name twice": (
         text(lambda header: header.replace("layers.0.mlp.up_proj", "layers.1.mlp.up_proj")),
-        f"{FILE}: the header names {UP} twice",
+        f"{FILE}: .*header is not JSON: '{UP}' is there twice",
     ),
     "name of two lines": (
         text(lambda header: header.replace(UP, "a\\nb")),

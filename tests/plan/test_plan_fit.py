@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step that does not fit is refused before training, in one line; one that fits is compiled once and runs."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from ml_collections import config_dict
 
 from jft import config, errors, program, step
 from jft.models import architecture
-from jft.plan import fit
+from jft.plan import compiled, fit
 
 MODEL = architecture.Config(
     vocab_size=128,
@@ -109,6 +111,28 @@ def test_a_limit_of_the_control_group_counts_with_what_its_cache_holds(
     assert fit.free_memory() == 1_000_000
     (tmp_path / "memory.max").write_text("max")
     assert fit.free_memory() > 10_000_000
+
+
+def test_what_is_to_run_on_a_gpu_is_compiled_with_its_kernels_tried_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The option for compiling without a GPU made steps 32 times as slow as they can be."""
+
+    class Compiled(Exception):
+        pass
+
+    def stop(own: compiled.Setting, **_: Any) -> None:
+        assert own.on.chip.platform == "cuda"
+        assert own.on.compiler_options == {}
+        assert dataclasses.replace(own.on, here=False).compiler_options != {}
+        raise Compiled
+
+    monkeypatch.setattr(compiled, "compile_setting", stop)
+    gpu = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=0, slice_index=0
+    )
+    with pytest.raises(Compiled):
+        fit.check(settings(), MODEL, [gpu], length=8, eval_length=0, steps=1, device_bytes=1)
 
 
 @pytest.mark.slow

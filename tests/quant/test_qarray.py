@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jft import errors, quant
-from jft.quant import levels
+from jft.quant import levels, qarray
 
 WAYS: list[dict[str, Any]] = [
     {"kind": "nf4"},
@@ -169,3 +169,19 @@ def test_refusals() -> None:
         quant.quantize(jnp.ones((2, 65)), "nf4")
     with pytest.raises(errors.UserError, match="'int3'"):
         quant.quantize(jnp.ones((2, 64)), "int3")
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_both_ways_to_unpack_are_the_same(axis: int) -> None:
+    """What a GPU runs, and what other devices do, on all bytes."""
+    codes = jnp.arange(256, dtype=jnp.uint8).reshape(2, 4, 32)
+    one, other = (unpack(codes, axis) for unpack in (qarray._shifted, qarray._stacked))
+    np.testing.assert_array_equal(one, other)
+    # Of the first block along the axis: its high bits first.
+    first = np.moveaxis(np.asarray(one), axis, 0)[0]
+    np.testing.assert_array_equal(first, np.moveaxis(np.asarray(codes), axis, 0)[0] >> 4)
+
+
+def test_a_look_up_is_the_tree_of_selects() -> None:
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    np.testing.assert_array_equal(levels.nf4_selected(codes), levels.NF4)

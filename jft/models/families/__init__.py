@@ -42,6 +42,8 @@ FAMILIES: dict[str, family.Family] = {
         gpt_oss.GPT_OSS,
     )
 }
+_EXPERTS = 1 << 16  # of all layers: each has names in files
+
 PRESETS: dict[str, architecture.Config] = {
     name: config for own in FAMILIES.values() for name, config in own.presets.items()
 }
@@ -69,6 +71,8 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> architectu
     read = settings.Settings(config, where)
     found = own.read(read)
     read.done()
+    if found.experts and found.num_layers * found.experts.count > _EXPERTS:
+        raise errors.UserError(f"{where}: more than {_EXPERTS:,} experts in all layers")
     return found
 
 
@@ -86,7 +90,8 @@ def _family(config: Mapping[str, Any], where: str) -> family.Family:
             )
         return own
     by_class = {own.architecture: own for own in FAMILIES.values()}
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in by_class:
+    one = isinstance(named, list) and len(named) == 1 and isinstance(named[0], str)
+    if not one or named[0] not in by_class:
         known = ", ".join(by_class)
         raise errors.UserError(f"{where}: architectures is {named!r}; implemented are {known}")
     own = by_class[named[0]]

@@ -18,7 +18,7 @@ def read(s: settings.Settings) -> architecture.Config:
     return architecture.Config(
         vocab_size=s.count("vocab_size"),
         d_model=D,
-        num_layers=s.count("n_layer"),
+        num_layers=s.count("n_layer", most=settings.LAYERS),
         num_heads=N,
         num_kv_heads=N,
         head_dim=D // N,

@@ -26,6 +26,8 @@ def _fields(s: settings.Settings, name: str) -> dict[str, Any]:
 
 def _sliding(s: settings.Settings, num_layers: int, slides: bool) -> list[bool]:
     first = s.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise s.refuse(f"max_window_layers is {first!r}, not a whole number")
     default = [slides and i >= first for i in range(num_layers)]
     sliding = s.sliding(num_layers, default)
     if any(sliding) and not slides:

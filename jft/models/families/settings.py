@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jft import errors
+from jft import errors, json_text
 from jft.models import architecture
 
 # Switches, and the values at which they change nothing; null, false and empty lists never do.
@@ -57,6 +57,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (),
     "use_sliding_window": (),
 }
+LAYERS = 1000  # something is made for each before a weight is read; published models have up to 126
+_LARGEST = 1 << 31  # of any size
 _TYPES = ("full_attention", "sliding_attention")
 _ACTIVATIONS = {
     "silu": "silu",
@@ -90,10 +92,12 @@ class Settings:
             raise self.refuse(f"{key} is missing")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = self.need(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(f"{key} is {value!r}, not a positive integer")
+            raise self.refuse(f"{key} is {json_text.shown(value)}, not a positive integer")
+        if value > most:
+            raise self.refuse(f"{key} is {json_text.shown(value)}, and {most:,} is the most")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -173,7 +177,7 @@ def common(s: Settings, *, tied: bool = False, eps: float = 1e-6) -> dict[str, A
     return {
         "vocab_size": s.count("vocab_size"),
         "d_model": D,
-        "num_layers": s.count("num_hidden_layers"),
+        "num_layers": s.count("num_hidden_layers", most=LAYERS),
         "num_heads": N,
         "num_kv_heads": K,
         "head_dim": H,
