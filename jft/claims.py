@@ -42,6 +42,8 @@ class Claim:
     ):
         self._lock = None
         if hosts.lead():
+            if fresh:
+                _check_no_other(config.checkpoint.folder)
             self._lock = _take(folder, fresh)
             try:
                 _clear(folder)
@@ -74,6 +76,17 @@ def _take(folder: pathlib.Path, fresh: bool) -> lock.Lock:
         return held
     except OSError as error:
         raise errors.UserError(f"run_dir={folder}: {error.strerror}") from error
+
+
+def _check_no_other(checkpoints: str) -> None:
+    """Raises UserError for a folder of checkpoints outside the run's that is in use: a fresh run would go on from there."""
+    from etils import epath
+
+    place = epath.Path(checkpoints) if checkpoints else None
+    if place is not None and place.exists() and any(p.name.isdecimal() for p in place.iterdir()):
+        raise errors.UserError(
+            f"checkpoint.folder={checkpoints}: holds checkpoints, and --fresh moves run_dir alone: name another folder"
+        )
 
 
 def _move_aside(folder: pathlib.Path) -> None:

@@ -40,14 +40,23 @@ def verify(run_dir: str | pathlib.Path, steps: int = 2) -> list[Finding]:
     if steps < 1:
         raise errors.UserError(f"--steps={steps}: it must be 1 or more")
     folder = pathlib.Path(run_dir)
-    config = configuration.base()
-    config.update(runs.read_json(folder / "config.json")["resolved"])
+    config = _config(folder / "config.json")
     place = config.checkpoint.folder or folder / "checkpoints"
     saved = checkpoints.Checkpoints(place, read_only=True)
     try:
         return list(_look(folder, config, saved, steps))
     finally:
         saved.close()
+
+
+def _config(path: pathlib.Path) -> Any:
+    """The settings of the run; keys that are newer than it have their defaults."""
+    config = configuration.base()
+    try:
+        config.update(runs.read_json(path)["resolved"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise errors.UserError(f"{path}: not as this jft writes it: {error}") from error
+    return config
 
 
 def _look(

@@ -119,7 +119,9 @@ def test_a_killed_process_ends_the_other_and_the_relaunch_finishes(
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"jft: process 1 on .* has gone without a word", done.stdout), done.stdout
     assert "launch: process 1 was killed by SIGKILL; the others were ended" in done.stderr
-    assert "[0] resuming after step 3 of 6" in done.stdout and "[1] resuming" not in done.stdout
+    # The save of step 3, the best one, had begun; it is complete or does not exist.
+    assert re.search(r"\[0\] resuming after step [23] of 6", done.stdout), done.stdout
+    assert "[1] resuming" not in done.stdout
     check_alike(run_dir, alone)
     (again,) = {
         line for line in launch(file, run_dir).stdout.splitlines() if "finished run" in line

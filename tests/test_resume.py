@@ -177,6 +177,10 @@ def test_a_lost_folder_comes_back_from_checkpoints_elsewhere(
     loop.train(elsewhere("second"))
     for name in ("metrics.jsonl", "last/adapter_model.safetensors"):
         assert (tmp_path / "second" / name).read_bytes() == (whole / name).read_bytes(), name
+    with pytest.raises(
+        errors.UserError, match="holds checkpoints, and --fresh moves run_dir alone"
+    ):
+        loop.train(elsewhere("second"), fresh=True)
     other = elsewhere("third")
     other.seed = 5
     with pytest.raises(errors.UserError, match="seed is 5, was 0 since the checkpoint of step 6"):
