@@ -19,7 +19,9 @@ import time
 from jft import errors
 
 FILE = ".lock"
-BEAT = 10.0  # seconds between two texts
+# Seconds between two texts, and how many of them a newcomer watches: longer than the minute for which a mounted bucket
+# may show what it showed before.
+BEAT, WATCHED = 30.0, 3
 
 
 class Lock:
@@ -27,7 +29,7 @@ class Lock:
 
     Args:
       folder: exists.
-      beat: seconds between two texts; a newcomer watches for two and a half.
+      beat: seconds between two texts.
 
     Raises:
       UserError: another process holds it; it is named.
@@ -36,7 +38,8 @@ class Lock:
     def __init__(self, folder: pathlib.Path, beat: float = BEAT):
         self._beat, self._count = beat, 0
         self._released = threading.Event()
-        self._file = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        self._path = folder / FILE
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not self._locked() or self._watched(folder):
                 raise errors.UserError(
@@ -61,11 +64,12 @@ class Lock:
         before = self._text()
         if not before or _read(before).get("host") == socket.gethostname():
             return False
+        seconds = WATCHED * self._beat
         print(
-            f"{folder} was last held by {_who(before)}: waiting {2.5 * self._beat:.0f} s to see whether it still is",
+            f"{folder} was last held by {_who(before)}: waiting {seconds:.0f} s to see whether it still is",
             file=sys.stderr,
         )
-        until = time.monotonic() + 2.5 * self._beat
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(self._beat / 10)
             if self._text() != before:
@@ -73,7 +77,9 @@ class Lock:
         return False
 
     def _text(self) -> bytes:
-        return os.pread(self._file, 4096, 0)
+        return (
+            self._path.read_bytes()
+        )  # opened anew: an open file may show what it held when it was opened
 
     def _write(self) -> None:
         self._count += 1
@@ -81,6 +87,7 @@ class Lock:
         text = json.dumps(said).encode()
         os.pwrite(self._file, text, 0)
         os.ftruncate(self._file, len(text))
+        os.fsync(self._file)  # network file systems keep it to themselves until then
 
     def _write_again(self) -> None:
         while not self._released.wait(self._beat):

@@ -27,6 +27,10 @@ class Finding:
     note: str = ""
 
 
+class Gone(Exception):
+    """The run that trains meanwhile has replaced it."""
+
+
 def verify(run_dir: str | pathlib.Path, steps: int = 2) -> list[Finding]:
     """Looks at everything.
 
@@ -76,8 +80,8 @@ def _look(
             records[number] = _read(saved, number, like)
             return f"{len(records[number]['arrays'])} arrays are as they were saved"
 
-        yield (found := _told(f"checkpoint {number}", read))
-        if not found.fault:
+        yield _told(f"checkpoint {number}", read)
+        if number in records:
             sound.append(number)
     if not saved.steps:
         yield Finding("checkpoints", note="there is none yet")
@@ -85,12 +89,17 @@ def _look(
         if (folder / name).exists():
             yield _told(f"{name}/", lambda name=name: _result(job, folder / name))
     if sound:
-        yield from _goes_on(job, saved, sound, records, steps)
+        try:
+            yield from _goes_on(job, saved, sound, records, steps)
+        except checkpoints.Damaged:  # it was sound a moment ago
+            yield Finding("going on", note="its checkpoint has gone meanwhile: try again")
 
 
 def _told(what: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(what, note=look())
+    except Gone:
+        return Finding(what, note="has gone meanwhile: the run is training, and keeps newer ones")
     except (checkpoints.Damaged, errors.UserError) as error:
         return Finding(what, fault=str(error))
 
@@ -101,7 +110,12 @@ def _files(saved: checkpoints.Checkpoints, number: int) -> str:
 
 
 def _read(saved: checkpoints.Checkpoints, number: int, like: step.State) -> dict[str, Any]:
-    state, record = saved.restore_step(number, like)
+    try:
+        state, record = saved.restore_step(number, like)
+    except checkpoints.Damaged as error:
+        if (saved.folder / str(number)).exists():
+            raise
+        raise Gone from error
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     return record
@@ -109,8 +123,10 @@ def _read(saved: checkpoints.Checkpoints, number: int, like: step.State) -> dict
 
 def _result(job: jobs.Job, folder: pathlib.Path) -> str:
     """Raises UserError for a result that is not as it was written, or can't be read."""
-    sidecar = runs.read_sidecar(folder)
-    found = runs.file_digests(folder)
+    while True:
+        sidecar, found = runs.read_sidecar(folder), runs.file_digests(folder)
+        if runs.read_sidecar(folder) == sidecar:  # not replaced meanwhile
+            break
     for name, told in sidecar.files.items():
         if found.get(name) != told:
             fault = "is not as it was written" if name in found else "is missing"

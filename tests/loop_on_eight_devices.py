@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jft import config, generate, jobs, loop, lora, models, runs, sharding, transfer
+from jft.checkpoints import sums
 from jft.models import architecture
 
 assert jax.device_count() == 8
@@ -85,3 +87,18 @@ def test_answers_on_a_mesh_are_those_of_one_device(tiny_model: pathlib.Path) -> 
         generator.stop = frozenset()
         answers.append(generator.batch([[1, 5, 9, 40], [8, 3]], sampling))
     assert answers[0] == answers[1] and len(answers[0][0]) == 18
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_sums_of_arrays_do_not_depend_on_the_mesh(dtype: str) -> None:
+    """Split along one axis or two, in part copied, or whole on one device."""
+    x = (100 * jax.random.normal(jax.random.key(0), (8, 6, 4))).astype(dtype)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    found = {sums.of({"x": x})["x"]}
+    for spec in (P(), P("a"), P("b", None, "a"), P(("a", "b")), P(None, "b"), P(None, None, "a")):
+        found |= {sums.of({"x": jax.device_put(x, jax.NamedSharding(mesh, spec))})["x"]}
+    assert len(found) == 1
+    flipped = x.at[7, 5, 3].set(x[7, 5, 3] + 1)
+    assert (
+        sums.of({"x": jax.device_put(flipped, jax.NamedSharding(mesh, P("a")))})["x"] not in found
+    )
