@@ -26,7 +26,7 @@ import jax
 from ml_collections import config_dict
 
 from jft import config as configuration
-from jft import errors, hosts, lora, models, sharding, sidecars, transfer
+from jft import errors, hosts, lora, models, secrets, sharding, sidecars, transfer
 from jft.data import encoding, load, tokenised
 from jft.lora import peft
 from jft.models import export, quantizing
@@ -98,7 +98,9 @@ def _claim(folder: pathlib.Path, config: config_dict.ConfigDict, fresh: bool) ->
     before = read_json(described)["resolved"]
     changed = {
         key: values
-        for key, values in configuration.difference(config.to_dict(), before).items()
+        for key, values in configuration.difference(
+            secrets.redacted(config.to_dict()), before
+        ).items()
         if not key.startswith(configuration.NOT_MATHEMATICS)
     }
     if changed:
@@ -135,9 +137,9 @@ def describe(
         "resolved": config.to_dict(),
         "difference": {key: {"here": a, "base": b} for key, (a, b) in changes.items()},
     }
-    write_json(folder / "config.json", resolved)
+    write_json(folder / "config.json", secrets.redacted(resolved))
     write_json(folder / "environment.json", environment(layout))
-    write_json(folder / "data_report.json", report)
+    write_json(folder / "data_report.json", secrets.redacted(report))
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -163,7 +165,7 @@ def environment(layout: sharding.Layout | None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": sys.argv,
+        "command": secrets.command(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [str(device) for device in jax.devices()],
@@ -203,11 +205,16 @@ def save_result(
         )
     else:
         stop = encoding.stop_tokens(model.tokenizer)
-        record = dataclasses.asdict(sidecar)
+        record = _written(sidecar)
         export.save(
             folder, model.config, trainable, model.tokenizer, stop=stop, record=record, force=True
         )
-    write_json(folder / SIDECAR, dataclasses.asdict(sidecar))
+    write_json(folder / SIDECAR, _written(sidecar))
+
+
+def _written(sidecar: Sidecar) -> dict[str, Any]:
+    """As it is written. The system's message and the template are the model's, and stay as they are."""
+    return dataclasses.asdict(sidecar) | {"training": secrets.redacted(sidecar.training)}
 
 
 def tokenizer_hashes(tokenizer: Any) -> tuple[str, str]:
