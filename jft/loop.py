@@ -27,8 +27,8 @@ from jft import (
     jobs,
     journal,
     measure,
-    redaction,
     runs,
+    secrets,
     step,
     stopping,
     summary,
@@ -200,7 +200,7 @@ def _record(job: jobs.Job, progress: Progress, log: journal.Journal) -> dict[str
         "progress": progress.record(),
         "base": job.model.fingerprint,
         "data": job.data.report["fingerprint"],
-        "settings": redaction.redacted(job.config.to_dict()),
+        "settings": secrets.redacted(job.config.to_dict()),
         "metrics": log.metrics.text,
     }
 
@@ -310,6 +310,6 @@ def save_result(
         tokenizer_sha256=tokenizer,
         step=number,
         scores={k: v for k, v in scores.items() if k != "step"},
-        training=redaction.redacted(c.to_dict()),
+        training=c.to_dict(),
     )
     runs.save_result(job.folder / name, job.model, trainable, sidecar)

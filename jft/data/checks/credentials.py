@@ -3,7 +3,7 @@
 
 import re
 
-from jft import redaction
+from jft import secrets
 from jft.data import findings
 from jft.data.checks import found
 
@@ -15,6 +15,9 @@ SECRETS = found.Words(
     fix="remove",
 )
 
+_BY_MARK = tuple(
+    (mark, name, re.compile(form)) for name, marks, form in secrets.FORMS for mark in marks
+)
 # What documentation writes in a secret's place.
 _STAND_IN = re.compile(
     r"x{4}|\*{3}|\.{3}|0{6}|example|your|here|secret|passw|placeholder|token|dummy|sample|test|changeme|redacted"
@@ -28,7 +31,7 @@ class Credentials:
         self._found = found.Found()
 
     def add(self, row: int, text: str, part: str) -> None:
-        for mark, name, pattern in redaction.BY_MARK:
+        for mark, name, pattern in _BY_MARK:
             if mark in text and _real(pattern, text):
                 self._found.add(row, name, part)
 

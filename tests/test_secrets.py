@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from jft import claims, cli, config, redaction, runs
+from jft import claims, cli, config, runs, secrets
 
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ2bC4dE6f"
 
@@ -13,21 +13,21 @@ TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ2bC4dE6f"
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (f"--token={TOKEN}", "--token=***"),
-        (f"a {TOKEN} b", "a hf_*** b"),
-        ("https://me:hunter22@host/x.jsonl", "https://me:***@host/x.jsonl"),
+        (f"--token={TOKEN}", "--token=[secret]"),
+        (f"a {TOKEN} b", "a [secret] b"),
+        ("https://me:hunter22@host/x.jsonl", "https://[secret]@host/x.jsonl"),
         (
             "https://storage/b/o.jsonl?X-Goog-Signature=0a1b2c3d4e&alt=media",
-            "https://storage/b/o.jsonl?X-Goog-Signature=***&alt=media",
+            "https://storage/b/o.jsonl?X-Goog-Signature=[secret]&alt=media",
         ),
-        ("AKIAIOSFODNN7ABCDEFG", "AKIA***"),
+        ("AKIAIOSFODNN7ABCDEFG", "[secret]"),
         ("--config.optim.learning_rate=1e-4", "--config.optim.learning_rate=1e-4"),
         ("https://host/a:b@c", "https://host/a:b@c"),
     ],
 )
 def test_secrets_are_hidden_and_nothing_else(text: str, wanted: str) -> None:
-    assert redaction.redacted(text) == wanted
-    assert redaction.redacted({"a": [text, 1, None]}) == {"a": [wanted, 1, None]}
+    assert secrets.redacted(text) == wanted
+    assert secrets.redacted({"a": [text, 1, None]}) == {"a": [wanted, 1, None]}
 
 
 def test_a_run_s_folder_holds_none_and_the_run_still_goes_on(
@@ -48,4 +48,4 @@ def test_a_run_s_folder_holds_none_and_the_run_still_goes_on(
 def test_messages_hold_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([f"--token={TOKEN}"]) == 2
     said = capsys.readouterr().err
-    assert TOKEN not in said and "***" in said
+    assert TOKEN not in said and "[secret]" in said
