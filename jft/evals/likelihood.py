@@ -83,6 +83,65 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Whole texts to judge, each as one request or, where it is long, several.
+
+    Attributes:
+      requests: of all texts.
+      owner: [requests], the text that each is a part of.
+      sizes: [N], bytes in UTF-8 of what is judged of each text.
+    """
+
+    requests: list[Request]
+    owner: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[N], judged of each text."""
+        return self.total([r.judged for r in self.requests])
+
+    def total(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
+        """[N], the sum over each text's requests."""
+        return np.bincount(self.owner, weights=values, minlength=len(self.sizes))
+
+
+def texts(tokenizer: Any, some: Sequence[str], length: int) -> Texts:
+    """Texts in windows of `length` positions, see `windows`.
+
+    A text's own first token is judged only where the tokenizer puts BOS before it: nothing says how likely texts begin so.
+
+    Raises:
+      UserError: no text has two tokens.
+    """
+    requests, owner, sizes = [], [], np.zeros(len(some))
+    for i, (text, ids) in enumerate(zip(some, _tokens(tokenizer, some), strict=True)):
+        parts = windows(ids, length)
+        requests += parts
+        owner += [i] * len(parts)
+        begun = ids[:1] == [tokenizer.bos_token_id]
+        unjudged = "" if begun or not ids else tokenizer.decode(ids[:1])
+        sizes[i] = len(text.encode()) - len(unjudged.encode())
+    if not requests:
+        raise errors.UserError(f"none of {len(some)} texts has two tokens")
+    return Texts(requests, np.array(owner), sizes)
+
+
+def windows(ids: Sequence[int], length: int) -> list[Request]:
+    """Requests of at most `length` positions that judge each token but the first once.
+
+    A window's first token is the last of the one before; the last window reaches back to be as long as the others, as in
+    the LM evaluation harness.
+    """
+    found = []
+    for start in range(0, len(ids) - 1, length):
+        end = min(start + length, len(ids) - 1)
+        begin = max(0, end - length)
+        found.append(Request(tuple(ids[begin : end + 1]), start - begin + 1))
+    return found
+
+
 def measure(
     logprobs: LogProbs, wanted: Sequence[Request], *, batch_size: int = 0, length: int = 0
 ) -> list[Likelihood]:
