@@ -107,7 +107,9 @@ def read(source: str) -> tuple[list[str], list[str]]:
     return found, ["text"] * len(found)
 
 
-def probe(tokenizer: Any, source: str = "", *, length: int = 512, batch_size: int = 0) -> Probe:
+def probe(
+    tokenizer: Any, source: str = "", *, length: int = 512, batch_size: int = 0, tokens: int = 0
+) -> Probe:
     """The probe of the package, or of a user's source, for one tokenizer.
 
     Args:
@@ -115,9 +117,10 @@ def probe(tokenizer: Any, source: str = "", *, length: int = 512, batch_size: in
       source: a file, a folder or a Hub data set; "" = the package's own.
       length: positions in a row of a batch.
       batch_size: rows; 0 = about 512 tokens.
+      tokens: of all texts together, about: the beginning of each; 0 = all, some 11,000 of the package's own.
     """
     some, kinds = read(source) if source else shipped()
-    texts = likelihood.texts(tokenizer, some, length)
+    texts = likelihood.texts(tokenizer, some, length, tokens=tokens)
     made = likelihood.batches(texts.requests, batch_size=batch_size, length=length)
     return Probe(texts, tuple(kinds), tuple(made))
 

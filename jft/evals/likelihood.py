@@ -107,22 +107,30 @@ class Texts:
         return np.bincount(self.owner, weights=values, minlength=len(self.sizes))
 
 
-def texts(tokenizer: Any, some: Sequence[str], length: int) -> Texts:
+def texts(tokenizer: Any, some: Sequence[str], length: int, *, tokens: int = 0) -> Texts:
     """Texts in windows of `length` positions, see `windows`.
 
     A text's own first token is judged only where the tokenizer puts BOS before it: nothing says how likely texts begin so.
 
+    Args:
+      tokenizer: the model's.
+      some: the texts.
+      length: of a window, at most.
+      tokens: of all texts together, about; each keeps the same share, its beginning. 0 = all.
+
     Raises:
       UserError: no text has two tokens.
     """
+    ids = _tokens(tokenizer, some)
+    share = min(1.0, tokens / max(1, sum(map(len, ids)))) if tokens else 1.0
     requests, owner, sizes = [], [], np.zeros(len(some))
-    for i, (text, ids) in enumerate(zip(some, _tokens(tokenizer, some), strict=True)):
-        parts = windows(ids, length)
+    for i, own in enumerate(ids):
+        kept = own[: max(2, round(share * len(own)))]
+        parts = windows(kept, length)
         requests += parts
         owner += [i] * len(parts)
-        begun = ids[:1] == [tokenizer.bos_token_id]
-        unjudged = "" if begun or not ids else tokenizer.decode(ids[:1])
-        sizes[i] = len(text.encode()) - len(unjudged.encode())
+        judged = tokenizer.decode(kept[1:], clean_up_tokenization_spaces=False)
+        sizes[i] = len(judged.encode())
     if not requests:
         raise errors.UserError(f"none of {len(some)} texts has two tokens")
     return Texts(requests, np.array(owner), sizes)

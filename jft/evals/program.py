@@ -49,7 +49,9 @@ def reader(
             logits, read, x_BTD, batch["weights"], (batch["targets"], *extras), chunk
         )
 
-    return jax.jit(lora.transform(run, mode=mode))
+    # Every process reads all of it.
+    everywhere = None if how.layout is None else how.layout.replicated
+    return jax.jit(lora.transform(run, mode=mode), out_shardings=everywhere)
 
 
 def _over_chunks(

@@ -148,6 +148,10 @@ def test_texts_are_judged_once_in_windows(tiny_model: pathlib.Path) -> None:
         assert all(len(part.tokens) == 5 for part in parts) or len(own) < 5
     first = [len(tokenizer.decode(i[:1])) for i in ids]
     assert found.sizes[0] == len(some[0]) - first[0]
+    half = likelihood.texts(tokenizer, some, 4, tokens=sum(map(len, ids)) // 2)
+    for whole, kept in zip(ids, half.tokens, strict=True):
+        assert kept == max(1, round(len(whole) / 2) - 1)
+    assert half.sizes[0] < found.sizes[0] * 0.6
 
 
 def test_what_does_not_fit_is_refused(tiny: Any) -> None:
