@@ -15,6 +15,7 @@ from jft.evals import abilities, forgetting, likelihood, program
 
 FOLDER = pathlib.Path(__file__).parents[1] / "goldens" / "evals"
 GOLDEN = json.loads((FOLDER / "smollm2.json").read_text())
+SETS = ("piqa", "arc_easy", "lambada_openai")
 # Both are float32. Between two correct implementations a logit of this model differs by 6.5e-5 at most (see the goldens'
 # README), and so a choice of n tokens by twice that times n; a tenth of it is what is found.
 EACH_TOKEN = 1.3e-4
@@ -31,24 +32,21 @@ def model(smollm2_gguf: pathlib.Path) -> models.Model:
     return models.load(str(smollm2_gguf))
 
 
-def items(shared: pathlib.Path, name: str, count: int) -> list[abilities.Item]:
-    return abilities.read(str(shared / "data" / "evals_small" / f"{name}.jsonl"))[:count]
+def items(shared: pathlib.Path, name: str) -> list[abilities.Item]:
+    read = abilities.read(str(shared / "data" / "evals_small" / f"{name}.jsonl"))
+    return read[: len(GOLDEN[name])]
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("piqa", 100), ("arc_easy", 100), ("lambada_openai", 40)]
-)
-def test_items_are_those_of_the_golden(shared: pathlib.Path, name: str, count: int) -> None:
+@pytest.mark.parametrize("name", SETS)
+def test_items_are_those_of_the_golden(shared: pathlib.Path, name: str) -> None:
     """Context and choices as the golden's own script writes them."""
-    assert [digest(item) for item in items(shared, name, count)] == list(GOLDEN[name])
+    assert [digest(item) for item in items(shared, name)] == list(GOLDEN[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "count"), [("piqa", 100), ("arc_easy", 100), ("lambada_openai", 40)]
-)
-def test_item_by_item(shared: pathlib.Path, model: models.Model, name: str, count: int) -> None:
-    some = items(shared, name, count)
+@pytest.mark.parametrize("name", SETS)
+def test_item_by_item(shared: pathlib.Path, model: models.Model, name: str) -> None:
+    some = items(shared, name)
     run = functools.partial(program.reader(model.config, program.of_targets), model.params, {})
     found = likelihood.measure(run, abilities.requests(model.tokenizer, some))
     each = iter(found)
@@ -76,7 +74,7 @@ def test_the_probe_and_how_little_the_likeliest_tokens_lose(model: models.Model)
     import jax
 
     read = functools.partial(program.reader, model.config)
-    probe = forgetting.probe(model.tokenizer)
+    probe = forgetting.probe(model.tokenizer, tokens=1000)
     keys = iter(jax.random.split(jax.random.key(0), 1000))
 
     def shaken(x: Any) -> Any:
