@@ -80,7 +80,10 @@ def good(base: Base, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             base.params
         )
         moved = jax.tree.map(
-            lambda x: np.asarray(x) + 0.1 * np.abs(np.sin(np.arange(x.size, dtype=x.dtype))).reshape(x.shape),
+            lambda x: (
+                np.asarray(x)
+                + 0.1 * np.abs(np.sin(np.arange(x.size, dtype=x.dtype))).reshape(x.shape)
+            ),
             adapters,
         )
         peft.save(root / name, moved, base.names, base_name="tiny")

@@ -293,7 +293,9 @@ def test_while_carry_has_a_forward_derivative(x64: None) -> None:
     tangent = (jax.tree.map(jnp.cos, adapters),)
     mine = lambda a: summed(g, params, a, x)  # noqa: E731
     merged = lambda a: summed(while_carry, lora.add(params, a), x)  # noqa: E731
-    got, want = (jax.jit(lambda t, f=f: jax.jvp(f, (adapters,), t))(tangent) for f in (mine, merged))
+    got, want = (
+        jax.jit(lambda t, f=f: jax.jvp(f, (adapters,), t))(tangent) for f in (mine, merged)
+    )
     np.testing.assert_allclose(got, want, rtol=RTOL)
 
 
