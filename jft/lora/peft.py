@@ -250,7 +250,7 @@ def _check_size(
 def _sizes(layouts: tree.Rules, path: str, shape: Sequence[int]) -> tuple[int, int]:
     """Inputs and outputs of each of a leaf's modules."""
     layout = layout_rules.find(layouts, path, len(shape))
-    _, inputs, outputs = layout_rules.split(layout, shape)
+    _, inputs, outputs = layout_rules.split(layout, tuple(shape))
     return math.prod(inputs), math.prod(outputs)
 
 

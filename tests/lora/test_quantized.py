@@ -100,8 +100,9 @@ def test_19_equals_the_merge_of_the_dequantised(
     @jax.jit  # as one program: what they share is compiled once
     def run(packed: Any, values: Any, adapters: lora.Adapters) -> Any:
         merged = lambda a: jnp.sin(model(lora.add(values, a), tokens)).sum()  # noqa: E731
-        mine = [lambda a, f=loss(model, mode): f(a, packed, tokens) for mode in modes]
-        tuned = [jax.value_and_grad(f)(adapters) for f in (merged, *mine)]
+        tuned = [jax.value_and_grad(merged)(adapters)] + [
+            jax.value_and_grad(loss(model, mode))(adapters, packed, tokens) for mode in modes
+        ]
         return tuned, (lora.transform(model)(packed, {}, tokens), model(values, tokens))
 
     (want, *gots), without = run(packed, values, adapters)
