@@ -54,6 +54,7 @@ def make_run(run: pathlib.Path, base: pathlib.Path, **fields: Any) -> pathlib.Pa
             "step": 1,
             "scores": {},
             "training": {},
+            "files": {},
         }
         runs.write_json(run / which / "jft.json", dataclasses.asdict(runs.Sidecar(**said | fields)))
     return run

@@ -46,21 +46,6 @@ def model(params: Any, tokens: jax.Array) -> jax.Array:
     return x @ params["table"].T
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def pack(dense: Any, way: str) -> Any:
-    packed = {
-        name: jax.tree.map(lambda w: quant.quantize(w, **WAYS[way]), part)
-        for name, part in dense.items()
-        if name != "table"
-    }
-    return packed | {"table": quant.quantize(dense["table"], WAYS[way]["kind"])}
-
-
-def unpack(packed: Any) -> Any:
-    """Operation by operation: in one program float32 products and sums of scales may be rounded once instead of twice."""
-    return jax.tree.map(lambda q: q.dequantize(), packed, is_leaf=tree.is_quantized)
-
-
 def make(way: str, use_dora: bool = False) -> tuple[Any, Any, lora.Adapters, jax.Array]:
     """The quantised base, the same dequantised, adapters for part of it, tokens."""
     rng = np.random.default_rng(0)
@@ -70,7 +55,13 @@ def make(way: str, use_dora: bool = False) -> tuple[Any, Any, lora.Adapters, jax
         "layers": {"up": normal(L, D, F), "down": normal(L, D, F // 2)},
         "mix": normal(L, D, D),
     }
-    packed = pack(dense, way)
+    packed = {
+        name: jax.tree.map(lambda w: quant.quantize(w, **WAYS[way]), part)
+        for name, part in dense.items()
+        if name != "table"
+    }
+    packed["table"] = quant.quantize(dense["table"], WAYS[way]["kind"])
+    values = jax.tree.map(lambda q: q.dequantize(), packed, is_leaf=tree.is_quantized)
     spec = lora.Spec(
         rank=2,
         alpha=3.0,
@@ -78,9 +69,9 @@ def make(way: str, use_dora: bool = False) -> tuple[Any, Any, lora.Adapters, jax
         layouts=(("layers/up", "bio"), ("layers/down", "boi")),
         use_dora=use_dora,
     )
-    adapters = jax.jit(lambda packed: lora.init(spec, packed, key=jax.random.key(0)))(packed)
-    adapters = jax.tree.map(lambda x: np.asarray(x) + normal(*x.shape), adapters)
-    return packed, unpack(packed), adapters, jnp.arange(6)
+    adapters = lora.init(spec, packed, key=jax.random.key(0))
+    adapters = jax.tree.map(lambda x: x + normal(*x.shape), adapters)
+    return packed, values, adapters, jnp.arange(6)
 
 
 def loss(f: Callable, mode: str) -> Callable:
@@ -88,28 +79,21 @@ def loss(f: Callable, mode: str) -> Callable:
     return lambda adapters, params, x: jnp.sin(g(params, adapters, x)).sum()
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
-    ("modes", "use_dora"), [(lora.MODES, False), (("factored",), True)], ids=("plain", "dora")
+    ("mode", "use_dora"), [*((mode, False) for mode in lora.MODES), ("factored", True)]
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_19_equals_the_merge_of_the_dequantised(
-    way: str, modes: tuple[str, ...], use_dora: bool, x64: None
+    way: str, mode: str, use_dora: bool, x64: None
 ) -> None:
     packed, values, adapters, tokens = make(way, use_dora)
-
-    @jax.jit  # as one program: what they share is compiled once
-    def run(packed: Any, values: Any, adapters: lora.Adapters) -> Any:
-        merged = lambda a: jnp.sin(model(lora.add(values, a), tokens)).sum()  # noqa: E731
-        tuned = [jax.value_and_grad(merged)(adapters)] + [
-            jax.value_and_grad(loss(model, mode))(adapters, packed, tokens) for mode in modes
-        ]
-        return tuned, (lora.transform(model)(packed, {}, tokens), model(values, tokens))
-
-    (want, *gots), without = run(packed, values, adapters)
-    for mode, got in zip(modes, gots, strict=True):
-        jax.tree.map(functools.partial(close, err_msg=mode), got, want)
-    close(*without)  # no adapter at all
+    got = jax.value_and_grad(loss(model, mode))(adapters, packed, tokens)
+    merged = lambda a: jnp.sin(model(lora.add(values, a), tokens)).sum()  # noqa: E731
+    want = jax.value_and_grad(merged)(adapters)
+    jax.tree.map(close, got, want)
     assert all(use.factored for use in lora.explain(model, packed, adapters, tokens))
+    close(lora.transform(model)(packed, {}, tokens), model(values, tokens))  # no adapter at all
 
 
 def shapes(jaxpr: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
@@ -160,7 +144,7 @@ def test_23_no_dense_weight_is_kept_without_remat(mode: str, way: str) -> None:
     assert (D, D) not in kept
 
 
-def test_a_cast_before_a_step_comes_before_it(x64: None, optimised: None) -> None:
+def test_a_cast_before_a_step_comes_before_it(x64: None) -> None:
     """bfloat16 first and halved then, or the other way round, differ in no bit from the dense program."""
     q = quant.quantize(jax.random.normal(jax.random.key(0), (D, F), "float32"), "int8")
     x = jax.random.normal(jax.random.key(1), (2, D), jnp.bfloat16)
