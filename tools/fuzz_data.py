@@ -334,6 +334,9 @@ ORACLES: dict[str, Callable[[bytes, list[Any]], None]] = {
 class Data:
     """The target. Beside the data file lie what it was made of and how it is read."""
 
+    def seeds(self) -> tuple[dict[str, bytes], ...]:
+        return ()
+
     def make(self, source: random.Random) -> dict[str, bytes]:
         case = make(source)
         reading = dataclasses.asdict(case.reading)
