@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: where real data and models are, and the committed goldens."""
 
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -15,15 +14,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most of the time goes into compiling: each program is compiled once for all processes, and quickly, which takes a fifth.
+    """Most of the time goes into compiling: each program is compiled once for all processes, and quickly.
 
     What depends on how a program is compiled (memory, operations, goldens in float32) asks for `optimised`.
     """
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    flag, flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
-    # Later releases have no other way to emit fusions and refuse the flag.
-    if importlib.metadata.version("jaxlib").startswith("0.10.") and flag not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and config.pluginmanager.hasplugin(
         "cacheprovider"
     ):
