@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from jft import config as configuration
-from jft import errors, hosts, lock, runs, swap
+from jft import errors, hosts, lock, runs, secrets, swap
 
 FORCED = "forced.jsonl"  # what --force let pass, and after which step
 RESULTS = ("best", "last")
@@ -121,10 +121,10 @@ def _compare(folder: pathlib.Path, config: config_dict.ConfigDict, force: bool) 
 
 
 def changes(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """Settings that change what is computed: "KEY is NEW, was OLD"."""
+    """Settings that change what is computed: "KEY is NEW, was OLD"; `before` as a run keeps them, without secrets."""
     return [
         f"{key} is {new!r}, was {old!r}"
-        for key, (new, old) in configuration.difference(now, before).items()
+        for key, (new, old) in configuration.difference(secrets.redacted(now), before).items()
         if not key.startswith(configuration.NOT_MATHEMATICS)
     ]
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jft import errors
+from jft import errors, secrets
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except errors.UserError as error:
         if debug:
             raise
-        print(f"jft: {error}", file=sys.stderr)
+        print(f"jft: {secrets.redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jft: interrupted", file=sys.stderr)

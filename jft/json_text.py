@@ -7,6 +7,7 @@ it: repr, json.dumps or a comparison. No file that is read here needs more than 
 
 import collections
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +27,8 @@ def read(path: pathlib.Path, *, unique: bool = False) -> Any:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(LARGEST + 1)
+            # Not the limit: a buffer of as many bytes as may come is allocated before any does.
+            text = file.read(min(os.fstat(file.fileno()).st_size, LARGEST) + 1)
     except OSError as error:
         raise errors.UserError(f"{path}: {error.strerror or error}") from error
     if len(text) > LARGEST:

@@ -28,6 +28,7 @@ from jft import (
     journal,
     measure,
     runs,
+    secrets,
     step,
     stopping,
     summary,
@@ -199,7 +200,7 @@ def _record(job: jobs.Job, progress: Progress, log: journal.Journal) -> dict[str
         "progress": progress.record(),
         "base": job.model.fingerprint,
         "data": job.data.report["fingerprint"],
-        "settings": job.config.to_dict(),
+        "settings": secrets.redacted(job.config.to_dict()),
         "metrics": log.metrics.text,
     }
 

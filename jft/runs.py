@@ -25,7 +25,7 @@ import jax
 from ml_collections import config_dict
 
 from jft import config as configuration
-from jft import errors, hosts, lora, models, sharding, sidecars, swap, transfer
+from jft import errors, hosts, lora, models, secrets, sharding, sidecars, swap, transfer
 from jft.data import encoding, load, tokenised
 from jft.lora import peft
 from jft.models import export, quantizing
@@ -82,9 +82,9 @@ def describe(
         "resolved": config.to_dict(),
         "difference": {key: {"here": a, "base": b} for key, (a, b) in changes.items()},
     }
-    write_json(folder / "config.json", resolved)
+    write_json(folder / "config.json", secrets.redacted(resolved))
     write_json(folder / "environment.json", environment(layout))
-    write_json(folder / "data_report.json", report)
+    write_json(folder / "data_report.json", secrets.redacted(report))
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -110,7 +110,7 @@ def environment(layout: sharding.Layout | None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": sys.argv,
+        "command": secrets.command(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [str(device) for device in jax.devices()],
@@ -167,12 +167,12 @@ def _write_result(
         )
     else:
         stop = encoding.stop_tokens(model.tokenizer)
-        record = dataclasses.asdict(sidecar)
+        record = _written(sidecar)
         export.save(
             part, model.config, trainable, model.tokenizer, stop=stop, record=record, force=True
         )
     sidecar = dataclasses.replace(sidecar, files=file_digests(part))
-    write_json(part / SIDECAR, dataclasses.asdict(sidecar))
+    write_json(part / SIDECAR, _written(sidecar))
 
 
 def file_digests(folder: pathlib.Path) -> dict[str, str]:
@@ -183,6 +183,11 @@ def file_digests(folder: pathlib.Path) -> dict[str, str]:
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _written(sidecar: Sidecar) -> dict[str, Any]:
+    """As it is written. The system's message and the template are the model's, and stay as they are."""
+    return dataclasses.asdict(sidecar) | {"training": secrets.redacted(sidecar.training)}
 
 
 def tokenizer_hashes(tokenizer: Any) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: where real data and models are, and the committed goldens."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -14,7 +15,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Programs are compiled once for all tests, workers and processes; most of the time goes into compiling."""
+    """Most of the time goes into compiling: each program is compiled once for all processes, and quickly, which takes a fifth.
+
+    What depends on how a program is compiled (memory, operations, goldens in float32) asks for `optimised`.
+    """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    flag, flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
+    # Later releases have no other way to emit fusions and refuse the flag.
+    if importlib.metadata.version("jaxlib").startswith("0.10.") and flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and config.pluginmanager.hasplugin(
         "cacheprovider"
     ):
@@ -74,17 +83,20 @@ def x64() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_compiles() -> Iterator[None]:
-    """Without most of XLA's optimisations, for float64 comparisons of many small programs that each run once.
-
-    What depends on how a program is compiled (bits, bytes, goldens in float32) is tested with them.
-    """
+def optimised(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With XLA's optimisations, as users' programs are compiled; also in processes that the test starts."""
     import jax
 
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick_compiles() -> None:
+    """Nothing: see pytest_configure."""
 
 
 @pytest.fixture(scope="session")

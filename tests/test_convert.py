@@ -54,6 +54,7 @@ def make_run(run: pathlib.Path, base: pathlib.Path, **fields: Any) -> pathlib.Pa
             "step": 1,
             "scores": {},
             "training": {},
+            "files": {},
         }
         runs.write_json(run / which / "jft.json", dataclasses.asdict(runs.Sidecar(**said | fields)))
     return run
@@ -76,9 +77,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def logits(folder: pathlib.Path, adapters: Any = None) -> np.ndarray:
     model = models.load(str(folder))
     tokens_BT = np.random.default_rng(0).integers(0, 300, (2, 17))
-    if adapters is None:
-        return np.asarray(model.apply(model.params, tokens_BT))
-    return np.asarray(lora.transform(model.apply)(model.params, adapters, tokens_BT))
+    apply = jax.jit(lora.transform(model.apply))
+    return np.asarray(apply(model.params, adapters or {}, tokens_BT))
 
 
 @pytest.mark.parametrize("with_base", [True, False])

@@ -23,9 +23,9 @@ def adapters_of(model: Any) -> lora.Adapters:
     """On kernels of the layers and on the embedding, large enough to change the answers."""
     targets = r"layers/.*/kernel|embed/embedding"
     spec = lora.Spec(rank=2, targets=targets, layouts=architecture.LAYOUTS)
-    fresh = lora.init(spec, model.params, key=jax.random.key(0))
     draw = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape)  # noqa: E731
-    return jax.tree.map(draw, fresh)
+    init = lambda params: lora.init(spec, params, key=jax.random.key(0))  # noqa: E731
+    return jax.jit(lambda params: jax.tree.map(draw, init(params)))(model.params)
 
 
 @pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])

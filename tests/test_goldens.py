@@ -5,6 +5,7 @@ When one of these fails and no test of identities does, the mathematics has chan
 differs (`hidden_row0` in the golden's output files has one entry per layer) before touching a tolerance.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def load_adapter(folder: pathlib.Path, c: architecture.Config, params: Any) -> l
     names = families.modules(c)
     adapters = peft.load(folder, names, params, architecture.LAYOUTS)
     dtype = params["embed"]["embedding"].dtype
-    return jax.tree.map(lambda x: x.astype(dtype), adapters)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, dtype)), adapters)
 
 
 def check_logits(folder: pathlib.Path, c: architecture.Config, params: Any, atol: float) -> None:
@@ -54,7 +55,7 @@ def check_logits(folder: pathlib.Path, c: architecture.Config, params: Any, atol
     np.testing.assert_allclose(
         got[:, want["cols"]], want["logits_cols"][real], rtol=0, atol=atol, err_msg=ADVICE
     )
-    lse = np.asarray(jax.nn.logsumexp(got, axis=-1))
+    lse = np.asarray(jax.jit(functools.partial(jax.nn.logsumexp, axis=-1))(got))
     np.testing.assert_allclose(lse, want["lse"][real], rtol=0, atol=atol, err_msg=ADVICE)
 
 
@@ -111,7 +112,7 @@ def check_lora(folder: pathlib.Path, variant: str, dtype: str, mode: str, rtol: 
     loss = step.lora_loss(c, mode=mode)
     trained, losses, norms = train(loss, adapters, params, batches, curve["lr"])
     check_curve(curve, losses, norms, rtol)
-    total, weight = loss(trained, params, batches[0])
+    total, weight = jax.jit(loss)(trained, params, batches[0])
     np.testing.assert_allclose(total / weight, curve["loss_batch0_after"], rtol=rtol)
     if dtype == "float64":
         # The stored tensors are float32: half a unit in the last place is 6e-8, the rest is the curve's.
@@ -127,7 +128,7 @@ def check_full(folder: pathlib.Path, dtype: str, rtol: float) -> None:
     loss = step.full_loss(c)
     trained, losses, norms = train(loss, params, {}, batches, curve["lr"])
     check_curve(curve, losses, norms, rtol)
-    total, weight = loss(trained, {}, batches[0])
+    total, weight = jax.jit(loss)(trained, {}, batches[0])
     np.testing.assert_allclose(total / weight, curve["loss_batch0_after"], rtol=rtol)
     if dtype == "float64":
         leaves = {path: np.asarray(leaf) for path, leaf in tree.flatten(trained).items()}
@@ -137,7 +138,7 @@ def check_full(folder: pathlib.Path, dtype: str, rtol: float) -> None:
             np.testing.assert_allclose(got, stored[name], rtol=1e-7, atol=1e-8, err_msg=name)
 
 
-def test_logits_in_single_precision(goldens: pathlib.Path) -> None:
+def test_logits_in_single_precision(goldens: pathlib.Path, optimised: None) -> None:
     check_logits(goldens, *load_tiny(goldens, "float32"), atol=LOGITS_32)
 
 
@@ -163,23 +164,23 @@ def _slow(*values: str) -> Any:
     ],
 )
 def test_lora_curve_in_double_precision(
-    goldens: pathlib.Path, variant: str, mode: str, x64: None, quick_compiles: None
+    goldens: pathlib.Path, variant: str, mode: str, x64: None
 ) -> None:
     check_lora(goldens, variant, "float64", mode, CURVE_64)
 
 
 @pytest.mark.parametrize("variant", ["lora_B0", _slow("lora_AB"), _slow("rslora_AB")])
-def test_lora_curve_in_single_precision(goldens: pathlib.Path, variant: str) -> None:
+def test_lora_curve_in_single_precision(
+    goldens: pathlib.Path, variant: str, optimised: None
+) -> None:
     check_lora(goldens, variant, "float32", "factored", CURVE_32)
 
 
-def test_full_curve_in_double_precision(
-    goldens: pathlib.Path, x64: None, quick_compiles: None
-) -> None:
+def test_full_curve_in_double_precision(goldens: pathlib.Path, x64: None) -> None:
     check_full(goldens, "float64", CURVE_64)
 
 
-def test_full_curve_in_single_precision(goldens: pathlib.Path) -> None:
+def test_full_curve_in_single_precision(goldens: pathlib.Path, optimised: None) -> None:
     check_full(goldens, "float32", CURVE_32)
 
 
@@ -192,25 +193,25 @@ def test_logits_of_the_other_tiny_model(shared: pathlib.Path, x64: None) -> None
     "variant",
     ["lora_AB", "dora_B0", *map(_slow, ("lora_B0", "rslora_B0", "rslora_AB", "dora_AB"))],
 )
-def test_lora_curve_of_the_other_tiny_model(
-    shared: pathlib.Path, variant: str, x64: None, quick_compiles: None
-) -> None:
+def test_lora_curve_of_the_other_tiny_model(shared: pathlib.Path, variant: str, x64: None) -> None:
     check_lora(shared / "golden" / "tiny", variant, "float64", "factored", CURVE_64)
 
 
-def test_full_curve_of_the_other_tiny_model(
-    shared: pathlib.Path, x64: None, quick_compiles: None
-) -> None:
+def test_full_curve_of_the_other_tiny_model(shared: pathlib.Path, x64: None) -> None:
     check_full(shared / "golden" / "tiny", "float64", CURVE_64)
 
 
-def test_logits_of_the_real_model(shared: pathlib.Path, smollm2_gguf: pathlib.Path) -> None:
+def test_logits_of_the_real_model(
+    shared: pathlib.Path, smollm2_gguf: pathlib.Path, optimised: None
+) -> None:
     model = models.load(str(smollm2_gguf))
     check_logits(shared / "golden" / "real", model.config, model.params, atol=LOGITS_32)
 
 
 @pytest.mark.slow
-def test_lora_curve_of_the_real_model(shared: pathlib.Path, smollm2_gguf: pathlib.Path) -> None:
+def test_lora_curve_of_the_real_model(
+    shared: pathlib.Path, smollm2_gguf: pathlib.Path, optimised: None
+) -> None:
     folder = shared / "golden" / "real"
     model = models.load(str(smollm2_gguf))
     curve = json.loads((folder / "lora_AB" / "curve_fp64.json").read_text())

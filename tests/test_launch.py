@@ -40,7 +40,7 @@ WORDS = st.lists(
 
 
 def bash(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XLA_FLAGS"))}
     return subprocess.run(
         ["bash", "-c", script], env=environ | variables, capture_output=True, text=True, timeout=60
     )

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(jft.__file__).parent
 # A module imports from rows above its own, or from its own package.
 ROWS = (
     ("errors", "matmul"),
-    ("json_text",),
+    ("json_text", "secrets"),
     ("tree", "lock", "metrics", "swap"),
     ("quant",),
     ("lora",),

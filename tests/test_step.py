@@ -2,6 +2,7 @@
 """Identities of the loss and the step: chunked = plain, micro-batches = one batch, packed = unpacked, frozen = frozen."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ SPEC = lora.Spec(rank=3, alpha=6, targets=r"layers/.*kernel", layouts=architectu
 # float64 sums in another order differ in the last digits only.
 EXACT = 1e-12
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def make_batch(B: int = 4, T: int = 24) -> dict[str, np.ndarray]:
@@ -44,10 +45,19 @@ def make_batch(B: int = 4, T: int = 24) -> dict[str, np.ndarray]:
     }
 
 
-def make_params() -> Any:
-    return decoder.init(CONFIG, key=jax.random.key(0), dtype=jnp.float64)
+# Each function is compiled as a whole: operation by operation it is hundreds of programs.
+@functools.cache
+def _params(c: architecture.Config) -> Any:
+    make = functools.partial(decoder.init, c, dtype=jnp.float64)
+    return jax.tree.map(np.asarray, jax.jit(lambda: make(key=jax.random.key(0)))())
 
 
+def make_params(c: architecture.Config = CONFIG) -> Any:
+    """Arrays of their own: a step may take them over."""
+    return jax.tree.map(jnp.array, _params(c))
+
+
+@jax.jit
 def make_adapters(params: Any) -> lora.Adapters:
     adapters = lora.init(SPEC, params, key=jax.random.key(1))
     return jax.tree.map(
@@ -63,8 +73,25 @@ def plain_loss(params: Any, batch: Any) -> jax.Array:
     return -(picked * batch["weights"]).sum()
 
 
+def gradients(loss: step.Loss, trainable: Any, frozen: Any, batch: Any, count: int = 1) -> Any:
+    return jax.jit(lambda *given: step.gradients(loss, *given, count))(trainable, frozen, batch)
+
+
+@functools.cache
+def plain_gradients() -> Any:
+    return jax.jit(jax.grad(plain_loss))(make_params(), make_batch())
+
+
+@functools.cache
+def lora_gradients() -> Any:
+    """Of the merged model: the loss, and the adapters' gradients."""
+    params = make_params()
+    merged = lambda a, params: plain_loss(lora.add(params, a), make_batch())  # noqa: E731
+    return jax.jit(jax.value_and_grad(merged))(make_adapters(params), params)
+
+
 def assert_close(got: Any, want: Any, rtol: float = EXACT) -> None:
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(want))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale)
 
@@ -85,8 +112,9 @@ def test_chunked_cross_entropy_is_the_plain_one(chunk: int) -> None:
         head = lambda kernel, _, x: x @ kernel  # noqa: E731
         return losses.cross_entropy(head, kernel, {}, x, targets, weights, chunk=chunk)[0]
 
-    assert_close(chunked(kernel, x), plain(kernel, x))
-    assert_close(jax.grad(chunked, (0, 1))(kernel, x), jax.grad(plain, (0, 1))(kernel, x))
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(kernel, x) for f in (chunked, plain))
+    assert_close(got[0], want[0])
+    assert_close(got[1], want[1])
 
 
 def test_nothing_trained_gives_zero_loss_and_gradient() -> None:
@@ -103,13 +131,10 @@ def test_nothing_trained_gives_zero_loss_and_gradient() -> None:
 @pytest.mark.parametrize("mode", lora.MODES)
 def test_lora_gradients_are_those_of_the_merged_model(mode: str) -> None:
     params, batch = make_params(), make_batch()
-    adapters = make_adapters(params)
-    want = jax.value_and_grad(lambda a: plain_loss(lora.add(params, a), batch))(adapters)
-    total, weight, grads = step.gradients(
-        step.lora_loss(CONFIG, mode=mode), adapters, params, batch, 1
-    )
+    loss = step.lora_loss(CONFIG, mode=mode)
+    total, weight, grads = gradients(loss, make_adapters(params), params, batch)
     assert weight == batch["weights"].sum()
-    assert_close((total, grads), want)
+    assert_close((total, grads), lora_gradients())
 
 
 @pytest.mark.parametrize("einsum", [jnp.einsum, matmul.cpu_einsum])
@@ -117,21 +142,18 @@ def test_lora_gradients_are_those_of_the_merged_model(mode: str) -> None:
 def test_micro_batches_are_one_batch(count: int, einsum: matmul.Einsum) -> None:
     params, batch = make_params(), make_batch()
     loss = step.full_loss(CONFIG, how=decoder.Execution(einsum=einsum))
-    want = step.gradients(loss, params, {}, batch, 1)
-    got = step.gradients(loss, params, {}, step.micro_batches(batch, count), count)
+    want = gradients(loss, params, {}, batch)
+    got = gradients(loss, params, {}, step.micro_batches(batch, count), count)
     assert_close(got, want)
-    assert_close(got[2], jax.grad(plain_loss)(params, batch))
+    assert_close(got[2], plain_gradients())
 
 
 @pytest.mark.parametrize("remat", [name for name in remat_policies.POLICIES if name != "none"])
 def test_remat_changes_nothing(remat: str) -> None:
-    params, batch = make_params(), make_batch()
-    adapters = make_adapters(params)
-    want = step.gradients(step.lora_loss(CONFIG), adapters, params, batch, 1)
-    got = step.gradients(
-        step.lora_loss(CONFIG, how=decoder.Execution(remat=remat)), adapters, params, batch, 1
-    )
-    assert_close(got, want)
+    params = make_params()
+    loss = step.lora_loss(CONFIG, how=decoder.Execution(remat=remat))
+    total, _, grads = gradients(loss, make_adapters(params), params, make_batch())
+    assert_close((total, grads), lora_gradients())
 
 
 def test_packed_is_unpacked() -> None:
@@ -142,16 +164,17 @@ def test_packed_is_unpacked() -> None:
     packed = np.concatenate([first, second, [0, 0]])[None]
     segments = np.array([[1] * 9 + [2] * 5 + [0] * 2])
     positions = np.array([[*range(9), *range(5), 0, 0]])
-    together = decoder.apply(CONFIG, params, packed, positions, segments)[0]
-    alone = [decoder.apply(CONFIG, params, x[None])[0] for x in (first, second)]
-    assert_close(together[:14], jnp.concatenate(alone))
+    apply = jax.jit(functools.partial(decoder.apply, CONFIG))
+    together = apply(params, packed, positions, segments)[0]
+    alone = [apply(params, x[None])[0] for x in (first, second)]
+    assert_close(together[:14], np.concatenate(alone))
 
 
 def test_training_moves_the_adapters_and_leaves_the_base_bit_for_bit() -> None:
     params, batch = make_params(), make_batch()
     before = jax.tree.map(np.array, params)
     optimizer = optim.optimizer(optim.Optim(learning_rate=1e-2), 3)
-    adapters = lora.init(SPEC, params, key=jax.random.key(1))
+    adapters = jax.jit(lambda params: lora.init(SPEC, params, key=jax.random.key(1)))(params)
     start = jax.tree.map(np.array, adapters)
     state = step.init_state(adapters, optimizer)
     update = step.train_step(step.lora_loss(CONFIG), optimizer, accumulate=2)
@@ -160,20 +183,20 @@ def test_training_moves_the_adapters_and_leaves_the_base_bit_for_bit() -> None:
         state, metrics = update(state, params, batch)
         values.append(float(metrics["loss"]))
     assert values[2] < values[0]
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trainable, start)
+    moved = jax.tree.map(lambda a, b: bool((np.array(a) != b).any()), state.trainable, start)
     assert all(jax.tree.leaves(moved))
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
 def test_full_fine_tuning_in_bfloat16_keeps_its_weights_in_float32() -> None:
     """At 1e-5 an update is far below bfloat16's last place (2^-9 of a weight), yet the weights move."""
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), make_params())
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), _params(CONFIG))
     before = jax.tree.map(np.array, params)
     optimizer = optim.optimizer(optim.Optim(learning_rate=1e-5, warmup_fraction=0.0), 2)
     loss = step.full_loss(CONFIG, how=decoder.Execution(dtype=jnp.dtype(jnp.bfloat16)))
-    x, _ = loss(params, {}, make_batch())
+    x, _ = jax.jit(loss)(params, {}, make_batch())
     # The computation is in bfloat16: it differs from float32's by its rounding, which is about 2^-9.
-    exact, _ = step.full_loss(CONFIG)(params, {}, make_batch())
+    exact, _ = jax.jit(step.full_loss(CONFIG))(params, {}, make_batch())
     assert 1e-7 < abs(x - exact) / exact < 2e-2
     state, _ = step.train_step(loss, optimizer)(
         step.init_state(params, optimizer), {}, make_batch()
@@ -186,15 +209,16 @@ def test_full_fine_tuning_in_bfloat16_keeps_its_weights_in_float32() -> None:
 
 def test_lora_plus_moves_b_further() -> None:
     adapters = make_adapters(make_params())
-    grads = jax.tree.map(jnp.cos, adapters)
+    grads = jax.tree.map(np.cos, adapters)
     moves = []
     for ratio in (1.0, 16.0):
         settings = optim.Optim(lora_plus_ratio=ratio, warmup_fraction=0.0)
         optimizer = optim.optimizer(settings, 10)
-        moves.append(optimizer.update(grads, optimizer.init(adapters), adapters)[0])
+        update = lambda g, a, o=optimizer: o.update(g, o.init(a), a)[0]  # noqa: E731
+        moves.append(jax.jit(update)(grads, adapters))
     for path, plain in moves[0].items():
         np.testing.assert_allclose(moves[1][path].a, plain.a, rtol=EXACT)
-        np.testing.assert_allclose(moves[1][path].b, 16 * plain.b, rtol=EXACT)
+        np.testing.assert_allclose(moves[1][path].b, 16 * np.asarray(plain.b), rtol=EXACT)
 
 
 @pytest.mark.parametrize("mode", ["factored", pytest.param("merged", marks=pytest.mark.slow)])
@@ -225,8 +249,9 @@ def test_dropout_is_for_training_alone_and_repeats(mode: str) -> None:
     # By hand: the micro-batches of step 0 have these two keys.
     keys = jax.random.split(jax.random.fold_in(key, 0), 2)
     halves = step.micro_batches(batch, 2)
+    alone = jax.jit(loss)
     parts = [
-        loss(adapters, params, {k: v[i] for k, v in halves.items()} | {"dropout_key": keys[i]})
+        alone(adapters, params, {k: v[i] for k, v in halves.items()} | {"dropout_key": keys[i]})
         for i in range(2)
     ]
     assert first[0] == pytest.approx(float(sum(t for t, _ in parts) / weight), rel=EXACT)
@@ -235,19 +260,19 @@ def test_dropout_is_for_training_alone_and_repeats(mode: str) -> None:
 @pytest.mark.parametrize("make", [step.full_loss, step.lora_loss])
 def test_the_router_loss_is_added_to_the_loss_of_a_token(make: Any) -> None:
     c = dataclasses.replace(CONFIG, experts=architecture.Experts(4, 2))
-    params = decoder.init(c, key=jax.random.key(0), dtype=jnp.float64)
-    batch = make_batch()
+    params, batch = make_params(c), make_batch()
     for name in ("segments", "weights"):
         batch[name][:, -5:] = 0  # padding
     spec = dataclasses.replace(SPEC, targets=r"layers/experts/.*kernel")
     trainable, frozen = params, {}
     if make is step.lora_loss:
-        trainable, frozen = lora.init(spec, params, key=jax.random.key(1)), params
-    plain, weight = make(c)(trainable, frozen, batch)
-    both, _ = make(c, router_loss=0.5)(trainable, frozen, batch)
+        start = functools.partial(lora.init, spec, key=jax.random.key(1))
+        trainable, frozen = jax.jit(start)(params), params
+    plain, weight = jax.jit(make(c))(trainable, frozen, batch)
+    both, _ = jax.jit(make(c, router_loss=0.5))(trainable, frozen, batch)
     counted = batch["segments"] > 0
     inputs = (batch["tokens"], batch["positions"], batch["segments"], counted)
-    _, load = decoder.hidden_and_load(c, params, *inputs)
+    _, load = jax.jit(functools.partial(decoder.hidden_and_load, c))(params, *inputs)
     assert load is not None
     # Each token is counted once for each of its experts in each layer.
     np.testing.assert_array_equal(load.chosen_E.sum(axis=-1), 2 * counted.sum())

@@ -51,4 +51,5 @@ def save(folder: pathlib.Path) -> None:
         max_length=256,
         tie_embeddings=True,
     )
-    export.save(folder, config, decoder.init(config, key=jax.random.key(1)), words)
+    params = jax.jit(lambda: decoder.init(config, key=jax.random.key(1)))()
+    export.save(folder, config, params, words)

@@ -51,7 +51,8 @@ LONGEST = 2000  # characters of a message
 
 
 def target(name: str) -> Any:
-    """A target: `make(random)` gives a case's files, `read(folder)` reads them as a user's command would.
+    """A target: `make(random)` gives a case's files, `read(folder)` reads them as a user's command would; `seeds()` are
+    the valid files that cases are made of.
 
     `read` returns what came of it in a word, and raises what the reader raises, or AssertionError for a broken promise.
     """
@@ -84,17 +85,22 @@ def check_message(text: str) -> None:
     assert 0 < len(text) <= LONGEST, f"{len(text)} characters: {text[:300]!r}"
 
 
-def kept(path: pathlib.Path) -> Files:
+def kept(own: Any, path: pathlib.Path) -> Files:
     """The files of a case that was kept."""
     held = json.loads(path.read_text())["files"]
-    return {name: _unpacked(entry) for name, entry in held.items()}
+    return {name: _unpacked(own, name, entry) for name, entry in held.items()}
 
 
-def keep(path: pathlib.Path, files: Files, why: str) -> None:
-    """Writes a case's files as one file."""
+def keep(own: Any, path: pathlib.Path, files: Files, why: str) -> None:
+    """Writes a case's files as one file; of those that are as they should be only which they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = {name: _packed(held) for name, held in files.items()}
+    entries = {name: _seed(own, name, held) or _packed(held) for name, held in files.items()}
     path.write_text(json.dumps({"why": why, "files": entries}, indent=1) + "\n")
+
+
+def _seed(own: Any, name: str, held: bytes) -> dict[str, int] | None:
+    found = [i for i, files in enumerate(own.seeds()) if files.get(name) == held]
+    return {"seed": found[0]} if found else None
 
 
 def _packed(held: bytes) -> dict[str, str]:
@@ -106,7 +112,9 @@ def _packed(held: bytes) -> dict[str, str]:
     return {"text": text} if len(text) < 500 else {"zlib": small}
 
 
-def _unpacked(entry: dict[str, str]) -> bytes:
+def _unpacked(own: Any, name: str, entry: dict[str, Any]) -> bytes:
+    if "seed" in entry:
+        return own.seeds()[entry["seed"]][name]
     if "text" in entry:
         return entry["text"].encode()
     return zlib.decompress(base64.b85decode(entry["zlib"]))
@@ -191,7 +199,8 @@ def _fault(name: str, into: pathlib.Path, seed: int, what: str, trace: str, faul
     if faults[what] > 1:
         return
     print(f"{name} seed {seed}: {what}\n{trace}", flush=True)
-    keep(into / name / f"{seed}.json", target(name).make(random.Random(seed)), what)
+    own = target(name)
+    keep(own, into / name / f"{seed}.json", own.make(random.Random(seed)), what)
 
 
 def main() -> int:

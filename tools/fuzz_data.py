@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzzes the reading of data: valid files of every format, mutated, must give examples and faults and nothing else.
+"""Target of `fuzz`: data files. Valid ones of every format, mutated, must give examples and faults and nothing else.
 
-    python tools/fuzz_data.py --minutes=10 [--seed=N] [--keep=fuzz_failures.jsonl]
-
-A case is a seed. What fails is written to --keep with its seed and why; --seed=N runs that one again. Cases run in
-processes of their own, so that a crash of a library is found and does not end the run. tests/data/test_fuzz.py runs
-a few of the same.
+tests/data/test_fuzz.py runs a few of the same.
 """
 
-import argparse
 import bz2
 import collections
 import csv
@@ -17,19 +12,14 @@ import gzip
 import io
 import json
 import lzma
-import os
 import pathlib
 import random
-import tempfile
-import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 from jft import errors
 from jft.data import examples, formats, readers
 
-BATCH = 100  # cases in one process
 TEXTS = (
     "a",
     "B c",
@@ -341,53 +331,25 @@ ORACLES: dict[str, Callable[[bytes, list[Any]], None]] = {
 }
 
 
-def run(seed: int, folder: pathlib.Path) -> collections.Counter[str]:
-    """One case by its seed."""
-    return check(make(random.Random(seed)), folder)
+class Data:
+    """The target. Beside the data file lie what it was made of and how it is read."""
 
+    def seeds(self) -> tuple[dict[str, bytes], ...]:
+        return ()
 
-def _batch(first: int, folder: pathlib.Path) -> int:
-    """Runs a batch in a child process, which leaves its counts or failures in the folder; returns how it ended."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    counts, failures = collections.Counter[str](), []
-    for seed in range(first, first + BATCH):
-        (folder / "seed").write_text(str(seed))
-        try:
-            counts += run(seed, folder)
-        except BaseException:
-            failures.append({"seed": seed, "error": traceback.format_exc()})
-    (folder / "result").write_text(json.dumps([counts, failures]))
-    os._exit(0)
+    def make(self, source: random.Random) -> dict[str, bytes]:
+        case = make(source)
+        reading = dataclasses.asdict(case.reading)
+        files = {
+            case.name: case.data,
+            "case.json": json.dumps([case.name, case.rows, reading]).encode(),
+        }
+        return files | ({} if case.content is None else {"content": case.content})
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fuzzes the reading of data.")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, help="run this case alone")
-    parser.add_argument("--keep", default="fuzz_failures.jsonl")
-    flags = parser.parse_args()
-    counts, failed, cases = collections.Counter[str](), 0, 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        if flags.seed is not None:
-            print(make(random.Random(flags.seed)), run(flags.seed, folder), sep="\n")
-            return
-        end, first = time.monotonic() + 60 * flags.minutes, time.time_ns() // 10**6 * BATCH
-        while time.monotonic() < end:
-            status = _batch(first, folder)
-            if status:
-                seed = int((folder / "seed").read_text())
-                more, failures = {}, [{"seed": seed, "error": f"the process ended with {status}"}]
-            else:
-                more, failures = json.loads((folder / "result").read_text())
-            counts, failed = counts + collections.Counter(more), failed + len(failures)
-            with open(flags.keep, "a") as file:
-                file.writelines(json.dumps(failure) + "\n" for failure in failures)
-            first, cases = first + BATCH, cases + BATCH
-    print(f"{cases} cases, {failed} failed (seeds in {flags.keep}); {dict(counts)}")
-
-
-if __name__ == "__main__":
-    main()
+    def read(self, folder: pathlib.Path) -> str:
+        name, rows, reading = json.loads((folder / "case.json").read_bytes())
+        content = folder / "content"
+        known = content.read_bytes() if content.exists() else None
+        case = Case(name, (folder / name).read_bytes(), known, rows, formats.Reading(**reading))
+        found = check(case, folder)
+        return "+".join(sorted(found)) or "empty"

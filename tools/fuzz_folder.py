@@ -59,6 +59,9 @@ def configs() -> tuple[dict[str, Any], ...]:
 
 
 class Folder:
+    def seeds(self) -> tuple[dict[str, bytes], ...]:
+        return seeds()
+
     def make(self, source: random.Random) -> dict[str, bytes]:
         files = dict(source.choice(seeds()))
         names = [name for name in files if name.endswith(".json")]

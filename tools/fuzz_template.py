@@ -121,6 +121,9 @@ class _Tokenizer:
 class Template:
     conversation = [{"role": "user", "content": "Hello, how are you?"}] * 3
 
+    def seeds(self) -> tuple[dict[str, bytes], ...]:
+        return ()
+
     def make(self, source: random.Random) -> dict[str, bytes]:
         text = (
             "{% set ns = namespace(x='ab', y=[1]) %}{% macro m(a=1, b=2) %}{{ a }}{{ b }}{% endmacro %}{% set x = 'x' %}"

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from jft.models import architecture, decoder
 
@@ -25,4 +26,10 @@ def model() -> tuple[architecture.Config, decoder.Params, Any]:
         vocab_size=len(words), d_model=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=64,
         max_length=64, tie_embeddings=True,
     )  # fmt: skip
-    return config, decoder.init(config, key=jax.random.key(0)), words
+    return config, filled(decoder.shapes(config)), words
+
+
+def filled(shapes: Any) -> Any:
+    """Random arrays of these shapes, for which nothing is compiled."""
+    numbers = np.random.default_rng(0)
+    return jax.tree.map(lambda x: numbers.standard_normal(x.shape).astype(x.dtype), shapes)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target of `fuzz`: safetensors files, one or several with an index. What we read, the format's own library reads alike."""
 
-import json
 import pathlib
 import random
 from typing import Any
@@ -37,6 +36,9 @@ def joined(source: random.Random, head: Any, body: bytes) -> bytes:
 
 
 class Safetensors:
+    def seeds(self) -> tuple[dict[str, bytes], ...]:
+        return ()
+
     def make(self, source: random.Random) -> dict[str, bytes]:
         whole = source.random() < 0.7
         files, placed = {}, {}
@@ -75,10 +77,3 @@ def _compare(path: pathlib.Path, tensors: dict[str, safetensors.Tensor]) -> None
         assert own == (theirs[name]["dtype"], theirs[name]["shape"], bytes(theirs[name]["data"])), (
             name
         )
-
-
-def example() -> bytes:
-    """A small file as it should be."""
-    head, body = header(random.Random(0), 0)
-    written = json.dumps(head).encode()
-    return len(written).to_bytes(8, "little") + written + body

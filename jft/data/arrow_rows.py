@@ -7,6 +7,7 @@ they are told of where they are used and nowhere else.
 """
 
 import io
+import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from jft.data import examples, files, records
 Rows = Iterator[records.Record | examples.Fault]
 
 BATCH = 1000  # rows
+_EMPTY = 1_000_000  # values that may take no bytes, such as nulls
 
 
 def read_parquet(path: str, file: io.BufferedReader) -> Rows:
@@ -23,6 +25,13 @@ def read_parquet(path: str, file: io.BufferedReader) -> Rows:
 
     def batches() -> Iterable[Any]:
         opened = pyarrow.parquet.ParquetFile(_seekable(path, file))
+        groups = (opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups))
+        unpacked = sum(group.total_byte_size for group in groups)
+        _check_count(opened.metadata.num_rows, unpacked)
+        if unpacked > max(files.UNPACKED, files.RATIO * pathlib.Path(path).stat().st_size):
+            raise ValueError(
+                f"unpacks to {unpacked:,} bytes, more than {files.RATIO} times its size"
+            )
         return opened.iter_batches(batch_size=BATCH)
 
     yield from _read(path, "Parquet", batches)
@@ -61,12 +70,45 @@ def rows_of(path: str, batches: Iterable[Any], first: int = 1) -> Iterator[recor
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"column {twice!r} stands twice; rename one")
+        _check_count(batch.num_rows, batch.nbytes)
         for start in range(0, batch.num_rows, BATCH):
             part = batch.slice(start, BATCH)
             columns = [_values(part.column(i)) for i in range(len(names))]
             for values in zip(*columns, strict=True):
                 yield records.Record(path, number, dict(zip(names, values, strict=True)))
                 number += 1
+
+
+def _check_count(count: int, size: int) -> None:
+    """Refuses rows, or values in lists, that are too many to be in so many bytes: each takes a bit or more.
+
+    Raises:
+        ValueError: they are.
+    """
+    if count > _EMPTY and count > 8 * size:
+        raise ValueError(f"says that it holds {count:,} values in {size:,} bytes")
+
+
+def _check_lists(values: Any) -> None:
+    """Of lists of any depth: a list of nulls has any length in no bytes at all."""
+    import pyarrow
+
+    types = pyarrow.types
+    if isinstance(values, pyarrow.ChunkedArray):
+        for chunk in values.chunks:
+            _check_lists(chunk)
+        return
+    _check_count(len(values), values.nbytes)
+    if types.is_struct(values.type):
+        for i in range(values.type.num_fields):
+            _check_lists(values.field(i))
+    elif types.is_fixed_size_list(values.type):
+        _check_count(len(values) * values.type.list_size, values.nbytes)
+        _check_lists(values.flatten())
+    elif types.is_nested(values.type) and not types.is_union(values.type):
+        if types.is_list_view(values.type) or types.is_large_list_view(values.type):
+            raise ValueError(f"column of the type {values.type}, which is not read")
+        _check_lists(values.values if hasattr(values, "values") else values.flatten())
 
 
 def _read(path: str, what: str, batches: Any) -> Rows:
@@ -95,6 +137,8 @@ def _values(column: Any) -> list[Any]:
     import pyarrow
 
     types = pyarrow.types
+    if types.is_nested(column.type):
+        _check_lists(column)
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     if types.is_temporal(kind) or types.is_decimal(kind) or _is_binary(kind):
         name = "a decimal number" if types.is_decimal(kind) else "a date or time"

@@ -5,11 +5,11 @@ A reader that infers types turns the id "007" into 7 and a "NA" into nothing; he
 """
 
 import csv
+import functools
 import io
-import sys
 from collections.abc import Iterator, Sequence
 
-from jft.data import examples, records
+from jft.data import examples, files, records
 
 Rows = Iterator[records.Record | examples.Fault]
 
@@ -28,11 +28,12 @@ def read_tsv(path: str, file: io.BufferedReader, *, header: bool) -> Rows:
 
 
 def _read(path: str, file: io.BufferedReader, separator: str, header: bool) -> Rows:
-    csv.field_size_limit(sys.maxsize)  # of the process; its 131,072 would refuse long texts
+    csv.field_size_limit(files.LONGEST)  # of the process; its 131,072 would refuse long texts
     # Bytes that are not UTF-8 become halves of surrogate pairs: they spoil their row, not the file.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-    reader = csv.reader(text, delimiter=separator, quoting=quoting, strict=True)
+    lines = iter(functools.partial(text.readline, files.LONGEST + 1), "")
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
     names: list[str] = []
     number, line = 1, 1
     try:
@@ -55,6 +56,8 @@ def _read(path: str, file: io.BufferedReader, separator: str, header: bool) -> R
     except csv.Error as error:
         # Where a quote is missing, what follows may look like rows that were never written.
         told = f"bad quoting in the row that begins in line {line}: {error}"
+        if "field limit" in str(error):
+            told = f"a field of over {files.LONGEST:,} characters in the row that begins in line {line}"
         yield records.rest(path, number, told, 'write a quote inside a quoted field as ""')
 
 

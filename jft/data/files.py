@@ -24,6 +24,9 @@ KINDS = {
     ".txt": "txt",
 }
 COMPRESSED = (".gz", ".bz2", ".xz")
+# Text is packed to a tenth. A packed file may unpack to so many bytes, or so many times its size, whichever is more.
+UNPACKED, RATIO = 1 << 30, 200
+LONGEST = 1 << 27  # bytes of a row
 # What reading a damaged file raises; a compressed file that ends early is an EOFError.
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -106,18 +109,28 @@ def open_bytes(path: str) -> io.BufferedReader:
     )
     if opener is None:
         return open(path, "rb")
-    return io.BufferedReader(_Pieces(opener(path, "rb")), 1 << 17)
+    most = max(UNPACKED, RATIO * pathlib.Path(path).stat().st_size)
+    return io.BufferedReader(_Pieces(opener(path, "rb"), most), 1 << 17)
+
+
+class _Bomb(OSError):
+    """More was unpacked than a file of data holds."""
 
 
 class _Pieces(io.RawIOBase):
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, most: int) -> None:
+        self._inner, self._left = inner, most
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         data = self._inner.read1(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise _Bomb(
+                f"the compressed file unpacks to more than {RATIO} times its size; if that is right, unpack it yourself"
+            )
         buffer[: len(data)] = data
         return len(data)
 
@@ -144,6 +157,8 @@ def damage(error: BaseException) -> str:
     """Why the bytes of a file ended early, in words."""
     if isinstance(error, EOFError):
         return "the compressed file ends early"
+    if isinstance(error, _Bomb):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"the file cannot be read: {error.strerror}"
     return f"the file is damaged or not compressed as its name says: {records.one_line(error)}"

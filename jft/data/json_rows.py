@@ -6,6 +6,8 @@ are split as bytes, at b"\\n" alone: str.splitlines() would also split inside st
 """
 
 import codecs
+import collections
+import functools
 import io
 import json
 from collections.abc import Generator, Iterator
@@ -27,8 +29,8 @@ _SPREAD = {  # how JSON begins that is written over several lines
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"key {twice!r} stands twice; keep one of them")
     return value
 
@@ -87,7 +89,12 @@ def _advice(error: json.JSONDecodeError) -> str:
 def read_lines(path: str, file: io.BufferedReader) -> Rows:
     """JSON lines; a row's number is its line, and blank lines count."""
     first = True
-    for number, line in enumerate(file, start=1):
+    lines = iter(functools.partial(file.readline, files.LONGEST), b"")
+    for number, line in enumerate(lines, start=1):
+        if len(line) == files.LONGEST:
+            told = f"a line has {files.LONGEST:,} bytes and does not end"
+            yield records.rest(path, number, told, "write each row in one line")
+            return
         if line.startswith(_BOM):  # also in the middle, where files were joined
             line = line[3:]
         if not line or line.isspace():
@@ -131,7 +138,15 @@ class _Text:
         self.at = int(self.held.startswith("\ufeff"))
 
     def more(self) -> None:
-        """Reads on, as much again as is held: a long value is tried a few times only."""
+        """Reads on, as much again as is held: a long value is tried a few times only.
+
+        Raises:
+            json.JSONDecodeError: a value is longer than any row.
+        """
+        if len(self.held) - self.at > files.LONGEST:
+            raise json.JSONDecodeError(
+                f"a value of over {files.LONGEST:,} characters", self.held, self.at
+            )
         data = self._file.read1(max(_CHUNK, len(self.held) - self.at))
         self.ended = not data
         done = self.held[: self.at]
@@ -246,13 +261,13 @@ def _read_others(path: str, text: _Text) -> Rows:
         with files.open_bytes(path) as again:
             yield from read_lines(path, again)
         return
-    while not text.ended:
-        text.more()
     yield records.whole(path, _not_a_list(text))
 
 
 def _not_a_list(text: _Text) -> str:
     try:
+        while not text.ended:
+            text.more()
         value, end = text.value(_STRICT)
     except json.JSONDecodeError as error:
         return f"bad JSON at {text.place(error.pos)}: {error.msg}; mend it there"

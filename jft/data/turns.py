@@ -9,7 +9,7 @@ asking the template.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jft import errors
+from jft import errors, json_text
 from jft.data import examples, json_rows, records
 
 ROLES = {
@@ -28,6 +28,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_DEEPEST = 32  # levels of a call's arguments and of a function's description
 # Keys of a turn that change what it says and that nothing reads.
 _UNREAD = ("thinking", "reasoning", "refusal", "audio", "image", "images", "video", "videos")
 
@@ -172,6 +173,8 @@ def _call(call: Any, what: str) -> dict[str, Any]:
         arguments = parsed if isinstance(parsed, dict) else text(arguments, f"{what}'s arguments")
     elif not isinstance(arguments, dict | None):
         raise errors.UserError(f"{what}'s arguments are {records.kind(arguments)}; write an object")
+    if json_text.too_deep(arguments, _DEEPEST):
+        raise errors.UserError(f"{what}'s arguments nest more than {_DEEPEST} levels; flatten them")
     name = text(function["name"], f"{what}'s name")
     found = {"type": "function", "function": {"name": name, "arguments": arguments or {}}}
     if call.get("id"):
@@ -192,6 +195,8 @@ def tools(value: Any, column: str) -> tuple[dict[str, Any], ...]:
 
 
 def _tool(tool: Any, what: str) -> dict[str, Any]:
+    if json_text.too_deep(tool, _DEEPEST):
+        raise errors.UserError(f"{what} nests more than {_DEEPEST} levels; flatten it")
     wrapped = isinstance(tool, dict) and isinstance(tool.get("function"), dict)
     function = tool["function"] if wrapped else tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

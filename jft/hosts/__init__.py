@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from jft import errors
+from jft import errors, secrets
 from jft.hosts import clusters, meeting, watch
 from jft.hosts.agreement import Flag as Flag
 from jft.hosts.agreement import agree as agree
@@ -53,7 +53,7 @@ def joined(
     try:
         start(coordinator, processes, process, timeout=timeout)
     except meeting.Unreachable as error:
-        print(f"jft: {error}", file=sys.stderr)
+        print(f"jft: {secrets.redacted(str(error))}", file=sys.stderr)
         raise SystemExit(RETRY) from error
     try:
         yield
@@ -182,7 +182,8 @@ def _end_at_once(error: BaseException) -> None:
     code = _exit_code(error)
     if code == RETRY:
         time.sleep(2)  # the watch is about to end this process, and knows which other one has gone
-    fault = f"{_watch.who}: {str(error).split(chr(10))[0] or type(error).__name__}"
+    said = str(error).split(chr(10))[0] or type(error).__name__
+    fault = secrets.redacted(f"{_watch.who}: {said}")
     if code == 1:
         traceback.print_exception(error)
     print(f"jft: {fault}", file=sys.stderr)

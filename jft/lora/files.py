@@ -77,7 +77,7 @@ def _header(text: str, path: pathlib.Path) -> dict[str, Any]:
             )
             if not good or not math.isfinite(saved["scale"]) or not 0 <= saved["dropout"] < 1:
                 raise ValueError(f"it says {saved}")
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise errors.UserError(f"{path}: its header is damaged: {error}") from error
     return header
 

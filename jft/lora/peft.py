@@ -183,7 +183,12 @@ def load(
     targets = config.targets(names)
     _check_targets(targets, names, leaves, config.where)
     where = _locate(folder, WEIGHTS_FILE)
-    _check_size(where, config, targets, {m: leaves[names[m][0]].shape for m in targets})
+    sizes = {
+        path: _sizes(layouts, path, leaves[path].shape)
+        for path, _ in names.values()
+        if path in leaves
+    }
+    _check_size(where, config, {module: sizes[names[module][0]] for module in targets})
     file = _File(where, _read_tensors(where), config)
     _compare(file, targets, names)
     paths = dict.fromkeys(names[module][0] for module in targets)
@@ -228,19 +233,25 @@ def _check_targets(
 def _check_size(
     where: pathlib.Path,
     config: peft_matching.Config,
-    targets: Sequence[str],
-    shapes: Mapping[str, Sequence[int]],
+    targets: Mapping[str, tuple[int, int]],
 ) -> None:
     """Before the file is read: it can't have more bytes than the targets' tensors, whatever their type."""
     most = _HEADER
-    for module in targets:
+    for module, (inputs, outputs) in targets.items():
         rank, _ = config.rank_and_scale(module)
-        most += 8 * (2 * rank + 1) * math.prod(shapes[module])
+        most += 8 * (rank * (inputs + outputs) + outputs)
     size = where.stat().st_size
     if size > most:
         raise errors.UserError(
             f"{where}: has {size:,} bytes, and what {CONFIG_FILE} asks for has {most:,} at most"
         )
+
+
+def _sizes(layouts: tree.Rules, path: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Inputs and outputs of each of a leaf's modules."""
+    layout = layout_rules.find(layouts, path, len(shape))
+    _, inputs, outputs = layout_rules.split(layout, tuple(shape))
+    return math.prod(inputs), math.prod(outputs)
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:

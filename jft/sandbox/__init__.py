@@ -89,6 +89,10 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    said = "it calls itself too deeply" if isinstance(error, RecursionError) else str(error)
+    said = str(error)
+    if isinstance(error, RecursionError):
+        said = "it calls itself too deeply"
+    elif isinstance(error, MemoryError):  # also of Python's parser, at its own limit
+        said = "there is not enough memory for it"
     text = " ".join(said.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever a file holds: no error but ours, each in one line with its place, and no row lost or told of twice.
 
-The cases are those of tools/fuzz_data.py, which looks for more.
+The cases are those of the target data of tools/fuzz.py, which looks for more.
 """
 
 import importlib.util

@@ -76,9 +76,15 @@ def good(base: Base, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             layouts=architecture.LAYOUTS,
             use_dora=name == "dora",
         )
-        adapters = lora.init(spec, base.params, key=jax.random.key(1))
+        adapters = jax.jit(lambda p, spec=spec: lora.init(spec, p, key=jax.random.key(1)))(
+            base.params
+        )
         moved = jax.tree.map(
-            lambda x: x + 0.1 * jnp.abs(jnp.sin(jnp.arange(x.size))).reshape(x.shape), adapters
+            lambda x: (
+                np.asarray(x)
+                + 0.1 * np.abs(np.sin(np.arange(x.size, dtype=x.dtype))).reshape(x.shape)
+            ),
+            adapters,
         )
         peft.save(root / name, moved, base.names, base_name="tiny")
     return root

@@ -25,9 +25,9 @@ def normal(seed: int, *shape: int, dtype: Any = None) -> jax.Array:
 def filled(adapters: lora.Adapters, seed: int = 7) -> lora.Adapters:
     """No factor is zero; magnitudes stay near what they were."""
     leaves, structure = jax.tree.flatten(adapters)
-    return jax.tree.unflatten(
-        structure, [x + 0.3 * normal(seed + i, *x.shape) for i, x in enumerate(leaves)]
-    )
+    noise = lambda i, x: 0.3 * np.asarray(normal(seed + i, *x.shape))  # noqa: E731
+    moved = [jnp.asarray(np.asarray(x) + noise(i, x)) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, moved)
 
 
 def tied(params: Any, x: jax.Array) -> jax.Array:
@@ -64,7 +64,12 @@ def case(name: str, **options: Any) -> tuple[Callable, Any, lora.Adapters, jax.A
     f, shape, layout, x_shape = MODELS[name]
     params = {"w": normal(0, *shape)}
     spec = lora.Spec(rank=2, alpha=3.0, targets="w", layouts=(("w", layout),), **options)
-    return f, params, lora.init(spec, params, key=jax.random.key(0)), normal(1, *x_shape)
+    return f, params, start(spec, params), normal(1, *x_shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def start(spec: lora.Spec, params: Any) -> lora.Adapters:
+    return lora.init(spec, params, key=jax.random.key(0))
 
 
 def dora_by_hand(w: jax.Array, factors: lora.Factors) -> jax.Array:
@@ -75,21 +80,27 @@ def dora_by_hand(w: jax.Array, factors: lora.Factors) -> jax.Array:
     return jnp.expand_dims(factors.magnitude, axes) * direction / norm
 
 
-@pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("mode", lora.MODES)
 @pytest.mark.parametrize("name", MODELS)
-def test_27_dora(name: str, mode: str, x64: None) -> None:
+def test_27_dora(name: str, x64: None) -> None:
     f, params, fresh, x = case(name, use_dora=True)
-    g = lora.transform(f, mode=mode)
-    close(g(params, fresh, x), f(params, x))  # at the start it is the base, to rounding
     adapters = filled(fresh)
 
-    def by_hand(adapters: lora.Adapters, x: jax.Array) -> jax.Array:
-        return jnp.cos(f({"w": dora_by_hand(params["w"], adapters["w"])}, x)).sum()
+    def by_hand(params: Any, adapters: lora.Adapters, x: jax.Array) -> jax.Array:
+        return f({"w": dora_by_hand(params["w"], adapters["w"])}, x)
 
-    got = jax.value_and_grad(lambda a, x: jnp.cos(g(params, a, x)).sum(), (0, 1))(adapters, x)
-    want = jax.value_and_grad(by_hand, (0, 1))(adapters, x)
-    jax.tree.map(close, got, want)
+    def gradients(g: Callable, *given: Any) -> Any:
+        return jax.value_and_grad(lambda *given: jnp.cos(g(*given)).sum(), (1, 2))(*given)
+
+    @jax.jit  # as one program: what they share is compiled once
+    def run(params: Any, fresh: lora.Adapters, adapters: lora.Adapters, x: jax.Array) -> Any:
+        modes = [lora.transform(f, mode=mode) for mode in lora.MODES]
+        tuned = [gradients(g, params, adapters, x) for g in (by_hand, *modes)]
+        return f(params, x), [g(params, fresh, x) for g in modes], tuned
+
+    base, starts, (want, *gots) = run(params, fresh, adapters, x)
+    for mode, at_start, got in zip(lora.MODES, starts, gots, strict=True):
+        close(at_start, base, err_msg=mode)  # the base, to rounding
+        jax.tree.map(functools.partial(close, err_msg=mode), got, want)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want)), "gradients are seen"
     close(lora.add(params, adapters)["w"], dora_by_hand(params["w"], adapters["w"]))
     assert all(use.factored for use in lora.explain(f, params, adapters, x))
@@ -126,13 +137,13 @@ def test_dora_norms_of_a_bfloat16_stack_are_exact() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_neutral_adapters_are_the_base(name: str, use_dora: bool, x64: None) -> None:
     f, params, fresh, x = case(name, use_dora=use_dora)
-    adapters = filled(fresh)
-    got = lora.transform(f)(params, lora.neutral(adapters, params), x)
+    adapters, g = filled(fresh), jax.jit(lora.transform(f))
+    got, base = g(params, lora.neutral(adapters, params), x), jax.jit(f)(params, x)
     if use_dora:
-        close(got, f(params, x))
+        close(got, base)
     else:
-        np.testing.assert_array_equal(got, f(params, x))
-    assert np.abs(lora.transform(f)(params, adapters, x) - f(params, x)).max() > 1e-3
+        np.testing.assert_array_equal(got, base)
+    assert np.abs(np.asarray(g(params, adapters, x)) - base).max() > 1e-3
 
 
 def test_dora_leaves_an_output_of_zeros_alone() -> None:
@@ -142,7 +153,7 @@ def test_dora_leaves_an_output_of_zeros_alone() -> None:
     g = lora.transform(lambda p, x: x @ p["w"])
     x = normal(1, 3, 5, dtype="float32")
     np.testing.assert_allclose(g(params, fresh, x), x @ params["w"], rtol=1e-6)  # float32 norms
-    grads = jax.grad(lambda a: g(params, a, x).sum())(fresh)
+    grads = jax.jit(jax.grad(lambda a: g(params, a, x).sum()))(fresh)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -156,7 +167,7 @@ def test_dora_needs_values() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_26_dropout(name: str, mode: str, x64: None) -> None:
     f, params, fresh, x = case(name, dropout=0.5)
-    g, adapters, key = lora.transform(f, mode=mode), filled(fresh), jax.random.key(3)
+    g, adapters, key = jax.jit(lora.transform(f, mode=mode)), filled(fresh), jax.random.key(3)
     plain = g(params, adapters, x)
     none = {"w": dataclasses.replace(adapters["w"], dropout=0.0)}
     np.testing.assert_array_equal(g(params, none, x, dropout_key=key), plain)  # a zero rate
@@ -165,7 +176,7 @@ def test_26_dropout(name: str, mode: str, x64: None) -> None:
     assert np.abs(dropped - plain).max() > 1e-3
     other = g(params, adapters, x, dropout_key=jax.random.key(4))
     assert np.abs(other - dropped).max() > 1e-3
-    gradients = jax.grad(lambda a: g(params, a, x, dropout_key=key).sum())(adapters)
+    gradients = jax.jit(jax.grad(lambda a: g(params, a, x, dropout_key=key).sum()))(adapters)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
@@ -173,7 +184,7 @@ def masks(f: Callable, x: jax.Array, layers: int) -> np.ndarray:
     """f sums x w over layers, with w = 0 and A B = identity: the dropped inputs themselves."""
     eye = jnp.broadcast_to(jnp.eye(8), (layers, 8, 8))
     factors = lora.Factors(eye, eye, 1.0, "bio", dropout=0.5)
-    run = lora.transform(f)
+    run = jax.jit(lora.transform(f))
     return np.asarray(
         run({"w": jnp.zeros((layers, 8, 8))}, {"w": factors}, x, dropout_key=jax.random.key(0))
     )
@@ -202,9 +213,9 @@ def test_26_the_expectation_is_the_undropped_product(x64: None) -> None:
     f, params, fresh, x = MODELS["two inputs"][0], *case("two inputs", dropout=0.3)[1:]
     g, adapters = lora.transform(f), filled(fresh)
     keys = jax.random.split(jax.random.key(0), 4000)
-    some = jax.vmap(lambda key: g(params, adapters, x, dropout_key=key))(keys)
-    spread = some.std(0) / len(keys) ** 0.5
-    assert np.all(np.abs(some.mean(0) - g(params, adapters, x)) < 5 * spread)
+    some = jax.jit(jax.vmap(lambda key: g(params, adapters, x, dropout_key=key)))(keys)
+    spread = np.std(some, 0) / len(keys) ** 0.5
+    assert np.all(np.abs(np.mean(some, 0) - jax.jit(g)(params, adapters, x)) < 5 * spread)
 
 
 def test_patterns_exclusions_and_scales() -> None:
@@ -250,7 +261,7 @@ def test_a_spec_that_makes_no_sense_is_refused(options: dict[str, Any], message:
 @pytest.mark.parametrize("name", ["kaiming", "gaussian", "embedding"])
 def test_initializers(name: str) -> None:
     spec = lora.Spec(rank=8, targets="w", initializer=name)
-    fresh = lora.init(spec, {"w": jnp.ones((400, 300))}, key=jax.random.key(0))["w"]
+    fresh = start(spec, {"w": jnp.ones((400, 300))})["w"]
     assert np.all(fresh.b == 0) != np.all(fresh.a == 0)  # exactly one is zero
     if name == "kaiming":
         assert 0.99 < np.abs(fresh.a).max() * 400**0.5 <= 1
@@ -266,9 +277,9 @@ def test_several_adapters_over_one_base(x64: None) -> None:
     some = []
     for i in range(8):
         spec = lora.Spec(rank=1 + i % 3, alpha=1.0 + i, targets="w", layouts=(("w", "bioo"),))
-        some.append(filled(lora.init(spec, params, key=jax.random.key(i)), seed=i))
-    g = lora.transform(f)
-    run = jax.vmap(g, in_axes=(None, 0, None))
+        some.append(filled(start(spec, params), seed=i))
+    g = jax.jit(lora.transform(f))
+    run = jax.jit(jax.vmap(g, in_axes=(None, 0, None)))
     stack = lora.stack(some)
     for row, adapters in zip(run(params, stack, x), some, strict=True):
         close(row, g(params, adapters, x))
@@ -324,7 +335,7 @@ def test_savings_are_what_init_makes() -> None:
     for use_dora in (False, True):
         spec = lora.Spec(rank=2, targets="w|v", layouts=(("w", "bioo"),), use_dora=use_dora)
         got = lora.savings(spec, shapes)
-        adapters = lora.init(spec, params, key=jax.random.key(0))
+        adapters = start(spec, params)
         made = {k: sum(x.size for x in jax.tree.leaves(f)) for k, f in adapters.items()}
         assert got.by_path == made
         assert got.trainable == sum(made.values())

@@ -59,7 +59,7 @@ def check_logits(case: str, dtype: str, atol: float) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_in_double_precision(case: str, x64: None, quick_compiles: None) -> None:
+def test_logits_in_double_precision(case: str, x64: None) -> None:
     check_logits(case, "float64", 1e-9)
 
 
@@ -75,23 +75,31 @@ def greedy(
     mask_BT: np.ndarray,
     count: int,
 ) -> np.ndarray:
-    """Decoding with the cache, from prompts padded on either side."""
+    """Decoding with the cache, from prompts padded on either side; one program."""
     B = len(tokens_BT)
     lengths_B = mask_BT.sum(axis=1)
     positions_BT = np.maximum(np.cumsum(mask_BT, axis=1) - 1, 0)
     positions = int(lengths_B.max()) + count - 1  # the last token is chosen, not read
-    cache = decoding.init_cache(config, B, positions, params["embed"]["embedding"].dtype)
-    x_BTD, cache = decoding.prefill(
-        config, params, tokens_BT, positions_BT, mask_BT.astype(bool), cache
-    )
     last_B = np.where(mask_BT, np.arange(mask_BT.shape[1]), -1).max(axis=1)
-    token_B = decoder.head(config, params, x_BTD[np.arange(B), last_B]).argmax(-1)
-    found, step = [token_B], jax.jit(functools.partial(decoding.step, config))
-    for i in range(count - 1):
-        x_BD, cache = step(params, token_B, lengths_B + i, cache)
-        token_B = decoder.head(config, params, x_BD).argmax(-1)
-        found.append(token_B)
-    return np.stack(found, axis=1)
+
+    @jax.jit
+    def run(params: Any) -> jax.Array:
+        cache = decoding.init_cache(config, B, positions, params["embed"]["embedding"].dtype)
+        x_BTD, cache = decoding.prefill(
+            config, params, tokens_BT, positions_BT, mask_BT.astype(bool), cache
+        )
+        first_B = decoder.head(config, params, x_BTD[np.arange(B), last_B]).argmax(-1)
+
+        def step(carry: Any, i: jax.Array) -> Any:
+            token_B, cache = carry
+            x_BD, cache = decoding.step(config, params, token_B, lengths_B + i, cache)
+            token_B = decoder.head(config, params, x_BD).argmax(-1)
+            return (token_B, cache), token_B
+
+        _, found = jax.lax.scan(step, (first_B, cache), np.arange(count - 1))
+        return jnp.stack([first_B, *found], axis=1)
+
+    return np.asarray(run(params))
 
 
 # Padding on the right where layers differ, windows turn over, and experts sort the rows.
@@ -99,9 +107,7 @@ RIGHT = [("right", case) for case in ("gemma3", "gpt_oss", "phi3_longrope")]
 
 
 @pytest.mark.parametrize(("side", "case"), [("left", case) for case in CASES] + RIGHT)
-def test_generation_with_the_cache_equals_argmax_without(
-    case: str, side: str, x64: None, quick_compiles: None
-) -> None:
+def test_generation_with_the_cache_equals_argmax_without(case: str, side: str, x64: None) -> None:
     config, params, golden = load(case, "float64")
     tokens, mask, want = (golden[k] for k in ("prompt_tokens", "prompt_mask", "generated"))
     if side == "right":
@@ -121,16 +127,16 @@ def test_generation_with_the_cache_equals_argmax_without(
 def test_generation_beyond_longrope_s_original_length(x64: None, quick_compiles: None) -> None:
     config, params, golden = load("phi3_longrope", "float64")
     prompt = golden["tokens_right"][:1, : rope.original_length(config) + 1]
-    rows, apply = prompt, functools.partial(decoder.apply, config)
+    rows, apply = prompt, jax.jit(functools.partial(decoder.apply, config))
     for _ in range(4):
-        following = apply(params, rows)[:, -1].argmax(-1)
+        following = np.asarray(apply(params, rows))[:, -1].argmax(-1)
         rows = np.concatenate([rows, following[:, None]], axis=1)
     got = greedy(config, params, prompt, np.ones_like(prompt), 4)
     np.testing.assert_array_equal(got, rows[:, prompt.shape[1] :])
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "gemma3"])
-def test_gradients_of_the_loss(case: str, x64: None, quick_compiles: None) -> None:
+def test_gradients_of_the_loss(case: str, x64: None) -> None:
     config, params, golden = load(case, "float64")
     tokens, positions = golden["tokens_right"], golden["positions_right"]
     mask = golden["mask_right"].astype(np.int32)
@@ -146,7 +152,7 @@ def test_gradients_of_the_loss(case: str, x64: None, quick_compiles: None) -> No
         )
         return total / weight
 
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value, golden["loss"], rtol=1e-9, err_msg=REMAKE)
     leaves, rows = tree.flatten(grads), families.tensors(config)
     wanted = [key for key in golden if key.startswith("grad:")]
@@ -161,12 +167,11 @@ def test_gradients_of_the_loss(case: str, x64: None, quick_compiles: None) -> No
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
-def test_router_loss(case: str, x64: None, quick_compiles: None) -> None:
+def test_router_loss(case: str, x64: None) -> None:
     config, params, golden = load(case, "float64")
     mask = golden["mask_right"].astype(np.int32)
-    _, load_L = decoder.hidden_and_load(
-        config, params, golden["tokens_right"], golden["positions_right"], mask, mask
-    )
+    run = jax.jit(functools.partial(decoder.hidden_and_load, config))
+    _, load_L = run(params, golden["tokens_right"], golden["positions_right"], mask, mask)
     got = losses.load_balance(load_L.chosen_E, load_L.probability_E, load_L.tokens)
     np.testing.assert_allclose(got, golden["router_loss"], rtol=1e-9, err_msg=REMAKE)
 
@@ -177,12 +182,12 @@ KERNELS = ["gemma3", "gpt2", "gpt_oss", "llama_bias", "mixtral", "olmo2", "phi3"
 
 @pytest.mark.parametrize("case", KERNELS)
 def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(
-    case: str, quick_compiles: None
+    case: str,
 ) -> None:
     """Fused kernels, experts and routers too: the adapted model is the base bit for bit, and every B has a gradient."""
     config, params, golden = load(case, "float32")
     spec = lora.Spec(rank=2, targets=r"layers/.*/kernel", layouts=architecture.LAYOUTS)
-    adapters = lora.init(spec, params, key=jax.random.key(0))
+    adapters = jax.jit(lambda params: lora.init(spec, params, key=jax.random.key(0)))(params)
     inputs = (golden["tokens_right"], golden["positions_right"], golden["mask_right"].astype(int))
     apply = functools.partial(decoder.apply, config)
     adapted = lora.transform(apply)
@@ -199,21 +204,21 @@ def test_a_fresh_adapter_on_every_kernel_changes_nothing_and_learns(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["merged", "hidden"])
-def test_adapters_of_experts_train_alike_in_every_mode(
-    mode: str, x64: None, quick_compiles: None
-) -> None:
+def test_adapters_of_experts_train_alike_in_every_mode(mode: str, x64: None) -> None:
     """Through the scan over layers, whose backward pass is traced apart from its forward pass."""
     config, params, golden = load("qwen3_moe", "float64")
     spec = lora.Spec(rank=2, targets=r"layers/experts/.*/kernel", layouts=architecture.LAYOUTS)
     draw = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)  # noqa: E731
-    adapters = jax.tree.map(draw, lora.init(spec, params, key=jax.random.key(0)))
+    make = lambda params: lora.init(spec, params, key=jax.random.key(0))  # noqa: E731
+    adapters = jax.jit(lambda params: jax.tree.map(draw, make(params)))(params)
     inputs = (golden["tokens_right"], golden["positions_right"], golden["mask_right"].astype(int))
 
     def total(adapters: Any, mode: str) -> jax.Array:
         apply = lora.transform(functools.partial(decoder.apply, config), mode=mode)
         return jnp.sum(apply(params, adapters, *inputs)[:, :3] ** 2)
 
-    got, want = (jax.grad(total)(adapters, name) for name in (mode, "factored"))
+    gradients = jax.jit(jax.grad(total), static_argnums=1)
+    got, want = (gradients(adapters, name) for name in (mode, "factored"))
     for path, factors in want.items():
         for one, other in zip(jax.tree.leaves(got[path]), jax.tree.leaves(factors), strict=True):
             scale = float(jnp.abs(other).max())

@@ -3,6 +3,7 @@
 
 import re
 
+from jft import secrets
 from jft.data import findings
 from jft.data.checks import found
 
@@ -14,30 +15,9 @@ SECRETS = found.Words(
     fix="remove",
 )
 
-# (name, what must stand in the text, pattern); the group "value" is what could be a stand-in.
-_FORMS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("AWS key", ("AKIA", "ASIA"), r"\b(?:AKIA|ASIA)(?P<value>[A-Z0-9]{16})\b"),
-    ("GitHub token", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_(?P<value>[A-Za-z0-9]{36,})\b"),
-    ("GitHub token", ("github_pat_",), r"\bgithub_pat_(?P<value>\w{40,})\b"),
-    ("GitLab token", ("glpat-",), r"\bglpat-(?P<value>[\w-]{20,})"),
-    ("API key (sk-)", ("sk-",), r"\bsk-(?:ant-|proj-|svcacct-|or-)?(?P<value>[A-Za-z0-9_-]{24,})"),
-    ("Hugging Face token", ("hf_",), r"\bhf_(?P<value>[A-Za-z0-9]{30,})\b"),
-    ("Slack token", ("xox",), r"\bxox[abeoprs]-(?P<value>[A-Za-z0-9-]{20,})"),
-    ("Slack address", ("hooks.slack.com",), r"hooks\.slack\.com/services/(?P<value>[A-Z0-9]{8,}/[A-Z0-9]{8,}/\w{20,})"),
-    ("Google key", ("AIza",), r"\bAIza(?P<value>[\w-]{35})(?![\w-])"),
-    ("Stripe key", ("k_live_",), r"\b[sr]k_live_(?P<value>[A-Za-z0-9]{16,})\b"),
-    ("npm token", ("npm_",), r"\bnpm_(?P<value>[A-Za-z0-9]{36})\b"),
-    ("PyPI token", ("pypi-AgEI",), r"\bpypi-AgEI(?P<value>[\w-]{50,})"),
-    ("SendGrid key", ("SG.",), r"\bSG\.(?P<value>[\w-]{22}\.[\w-]{43})"),
-    ("signed token (JWT)", ("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{5,}\.(?P<value>[\w-]{20,})"),
-    (
-        "private key",
-        ("PRIVATE KEY",),
-        r"-----BEGIN (?:[A-Z]+ ){0,2}PRIVATE KEY(?: BLOCK)?-----[\s\\nr]*(?P<value>[A-Za-z0-9+/=\s\\]{64,})",
-    ),
-    ("password in an address", ("://",), r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>]{1,64}:(?P<value>[^\s/@:\"'<>]{3,64})@[\w.-]+"),
-)  # fmt: skip
-_BY_MARK = tuple((mark, name, re.compile(form)) for name, marks, form in _FORMS for mark in marks)
+_BY_MARK = tuple(
+    (mark, name, re.compile(form)) for name, marks, form in secrets.FORMS for mark in marks
+)
 # What documentation writes in a secret's place.
 _STAND_IN = re.compile(
     r"x{4}|\*{3}|\.{3}|0{6}|example|your|here|secret|passw|placeholder|token|dummy|sample|test|changeme|redacted"

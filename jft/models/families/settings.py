@@ -95,7 +95,7 @@ class Settings:
     def count(self, key: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = self.need(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(f"{key} is {json_text.shown(value)}, not a positive integer")
+            raise self.refuse(f"{key} is {json_text.shown(repr(value))}, not a positive integer")
         if value > most:
             raise self.refuse(f"{key} is {json_text.shown(value)}, and {most:,} is the most")
         return value
