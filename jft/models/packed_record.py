@@ -48,7 +48,7 @@ def _is_level(own: Any) -> bool:
     if not isinstance(own, dict) or own.keys() != {"kind", "axis", "block", "offsets"}:
         return False
     sizes = type(own["axis"]) is int and own["axis"] < 0 and _is_count(own["block"])
-    return sizes and own["kind"] in _KINDS and own["block"] > 1 and isinstance(own["offsets"], bool)
+    return sizes and own["kind"] in _KINDS and own["block"] > 0 and isinstance(own["offsets"], bool)
 
 
 def _is_tensor(said: Any) -> bool:
