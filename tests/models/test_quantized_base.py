@@ -230,6 +230,7 @@ def make_run(run: File, base: File, packed: bool, **training: Any) -> File:
         "fingerprint": model.fingerprint,
         "step": 1,
         "scores": {},
+        "files": {},
         "training": {"model": dict(zip(quantizing.KEYS, ("nf4", "int8"), strict=True))} | training,
     }
     runs.write_json(run / "best" / "jft.json", dataclasses.asdict(runs.Sidecar(**said)))
