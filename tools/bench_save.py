@@ -1,63 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints cost: the support example with a save every N steps and without, in turns; seconds and bytes.
+"""What saving costs: stretches of steps with a save and without, in turns, in one run.
 
-    python tools/bench_save.py [--steps=60] [--every=20] [--pairs=2]
+    python tools/bench_save.py --config=configs/support.py --rounds=4
 
-A save at the end is part of both. Compare the ratio: a machine's other work slows both alike.
+Each stretch is 20 steps. With a save, it begins at the stretch's start, so that all that goes on in the background falls
+into the stretch. Reported: seconds of a step with and without, the difference, for how long a save held the loop, and the
+bytes that it wrote.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import jax
 
+from jft import checkpoints, jobs
+from jft.verbs import parsing
 
-def run(every: int, steps: int, folder: pathlib.Path) -> tuple[float, int]:
-    """Seconds of training, and bytes of the newest checkpoint."""
-    keys = {
-        "checkpoint.every_steps": every,
-        "checkpoint.every_minutes": 0.0,
-        "steps": steps,
-        "run_dir": folder,
-        "validate.every_steps": steps,
-        "validate.samples": 0,
-    }
-    flags = [f"--config.{key}={value}" for key, value in keys.items()]
-    command = [sys.executable, "-m", "jft.cli", "train", f"--config={ROOT / 'configs/support.py'}"]
-    done = subprocess.run(
-        [*command, *flags, "--json"], stdout=subprocess.PIPE, check=True, text=True
-    )
-    newest = folder / "checkpoints" / str(steps)
-    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    return json.loads(done.stdout)["train_seconds"], size
+STRETCH = 20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--every", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=2)
-    flags = parser.parse_args()
-    ratios, size = [], 0
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=4, help="stretches of each kind")
+    config, _, rest = parsing.read_config(sys.argv[1:])
+    flags = parser.parse_args(rest)
     with tempfile.TemporaryDirectory() as folder:
-        for pair in range(flags.pairs):
-            place = pathlib.Path(folder)
-            # In turns, and the second pair the other way round: the first run of a machine is often the faster one.
-            order = (flags.every, 0) if pair % 2 else (0, flags.every)
-            seconds = {}
-            for every in order:
-                seconds[every], size = run(every, flags.steps, place / f"{pair}-{every}")
-            ratios.append(seconds[flags.every] / seconds[0])
-            print(
-                f"{seconds[0]:.1f} s without, {seconds[flags.every]:.1f} s with: {ratios[-1]:.4f}"
-            )
-    print(f"median {statistics.median(ratios):.4f}; {size:,} bytes a checkpoint")
+        job = jobs.prepare(config, pathlib.Path(folder))
+        measure(job, pathlib.Path(folder), flags.rounds)
+    return 0
+
+
+def measure(job: jobs.Job, folder: pathlib.Path, rounds: int) -> None:
+    saved = checkpoints.Checkpoints(folder / "checkpoints", 2)
+    state, _ = stretch(job, job.first_state(), saved, save=True)  # compiles
+    saved.wait()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    held = []
+    for turn in range(2 * rounds):
+        save = bool((turn + turn // 2) % 2)  # without, with, with, without: a drift falls on both
+        began = time.perf_counter()
+        state, blocked = stretch(job, state, saved, save=save)
+        saved.wait()
+        times[save].append((time.perf_counter() - began) / STRETCH)
+        held += [blocked] if save else []
+    saved.close()
+    newest = folder / "checkpoints" / str(saved.latest)
+    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    without, with_save = (statistics.median(times[kind]) for kind in (False, True))
+    for kind, name in ((False, "without"), (True, "with a save every 20 steps")):
+        each = " ".join(f"{seconds:.3f}" for seconds in times[kind])
+        print(f"{name}: {statistics.median(times[kind]):.4f} s a step ({each})")
+    print(f"difference: {100 * (with_save / without - 1):+.2f} %")
+    print(f"a save holds the loop for {statistics.median(held):.3f} s and writes {size:,} bytes")
+
+
+def stretch(
+    job: jobs.Job, state: Any, saved: checkpoints.Checkpoints, *, save: bool
+) -> tuple[Any, float]:
+    """20 steps as in the loop; the state, and for how long the save held it up."""
+    first, before, blocked = int(state.step), None, 0.0
+    if save:
+        began = time.perf_counter()
+        saved.save(state, {})
+        blocked = time.perf_counter() - began
+    for number in range(first, first + STRETCH):
+        state, values = job.program.train_step(state, job.frozen, job.batch(number))
+        jax.device_get(before)
+        before = values
+        saved.poll()
+    jax.block_until_ready(state)
+    return state, blocked
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
