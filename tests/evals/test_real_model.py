@@ -5,8 +5,8 @@ import functools
 import hashlib
 import json
 import pathlib
-from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,7 +17,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "goldens" / "evals"
 GOLDEN = json.loads((FOLDER / "smollm2.json").read_text())
 SETS = ("piqa", "arc_easy", "lambada_openai")
 # Both are float32. Between two correct implementations a logit of this model differs by 6.5e-5 at most (see the goldens'
-# README), and so a choice of n tokens by twice that times n; a tenth of it is what is found.
+# README), and so a choice of n tokens by twice that times n; a fifth of it was found.
 EACH_TOKEN = 1.3e-4
 
 
@@ -69,26 +69,26 @@ def test_item_by_item(shared: pathlib.Path, model: models.Model, name: str) -> N
 
 
 @pytest.mark.slow
-def test_the_probe_and_how_little_the_likeliest_tokens_lose(model: models.Model) -> None:
-    """A base against itself, and against itself with noise in its weights: KL of 64 tokens beside that of 4,096."""
-    import jax
+def test_forgetting_of_weights_with_noise(model: models.Model) -> None:
+    """Noise of 5 % in every weight is seen, and the more of the base's likeliest tokens are kept, the more of the KL.
 
+    Measured: a rise of 0.183 nats (0.131 to 0.235), a KL of 0.226 with 16 tokens kept and of 0.264 with 64.
+    """
     read = functools.partial(program.reader, model.config)
     probe = forgetting.probe(model.tokenizer, tokens=1000)
     keys = iter(jax.random.split(jax.random.key(0), 1000))
 
-    def shaken(x: Any) -> Any:
+    def shaken(x: jax.Array) -> jax.Array:
         return x * (1 + 0.05 * jax.random.normal(next(keys), x.shape, x.dtype))
 
     other = jax.tree.map(shaken, model.params)
+    then = functools.partial(read(program.of_ids), other, {})
     found = []
-    for count in (forgetting.LIKELIEST, 4096):
-        first = functools.partial(
-            read(functools.partial(program.likeliest, count)), model.params, {}
-        )
-        base = forgetting.of_base(first, probe)
-        then = functools.partial(read(program.of_ids), other, {})
+    for count in (16, forgetting.LIKELIEST):
+        asked = read(functools.partial(program.likeliest, count))
+        base = forgetting.of_base(functools.partial(asked, model.params, {}), probe)
         found.append(forgetting.of_tuned(then, probe, base))
     few, many = found
     assert few.rise == many.rise
-    assert 0.9 * many.kl.value < few.kl.value < many.kl.value
+    assert few.rise.value == pytest.approx(0.183, abs=2e-3)
+    assert 0.8 * many.kl.value < few.kl.value < many.kl.value
