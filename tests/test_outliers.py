@@ -12,6 +12,8 @@ import pytest
 from jft import generate, models, outliers
 from jft.data import rows
 
+pytestmark = pytest.mark.usefixtures("optimised")  # what is saved in compiling is lost in running
+
 
 def through(items: Any, unit: str, total: int | None = None) -> Any:
     return items

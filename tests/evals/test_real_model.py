@@ -13,6 +13,9 @@ import pytest
 from jft import models
 from jft.evals import abilities, forgetting, likelihood, program
 
+pytestmark = pytest.mark.usefixtures(
+    "optimised"
+)  # a real model: what is saved in compiling is lost in running
 FOLDER = pathlib.Path(__file__).parents[1] / "goldens" / "evals"
 GOLDEN = json.loads((FOLDER / "smollm2.json").read_text())
 SETS = ("piqa", "arc_easy", "lambada_openai")
